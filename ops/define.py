@@ -1,0 +1,44 @@
+"""One Python function a primitive, two registered ops behind it.
+
+Under torch.compile a CPU body that Inductor can see costs minutes of compile time and gains little,
+so the CPU op is opaque there; export opens it through ``flacompile.passes.decompose``. On CUDA the
+op is a ``triton_op``, whose kernels Inductor and AOTInductor do see. The device is known while
+tracing, so one plain function chooses, and each op keeps one device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "flacompile"
+
+
+def define(
+    cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Registers ``flacompile::<name>`` (CPU) and ``flacompile::<name>_cuda`` (Triton).
+
+    Args:
+        cpu: the CPU form; its name is the op's and its annotations are the schema.
+        cuda: the same signature over Triton launchers.
+        fake: the shapes: same signature, empty outputs.
+
+    Returns:
+        A function with the op's signature that calls the op of the first tensor's device. It has
+        the two ops as ``.ops``.
+    """
+    name = cpu.__name__
+    on_cpu = torch.library.custom_op(
+        f"{NAMESPACE}::{name}", cpu, mutates_args=(), device_types="cpu"
+    )
+    on_cuda = torch.library.triton_op(f"{NAMESPACE}::{name}_cuda", cuda, mutates_args=())
+    for op in (on_cpu, on_cuda):
+        op.register_fake(fake)
+
+    def call(*args: Any) -> Any:
+        return (on_cuda if args[0].is_cuda else on_cpu)(*args)
+
+    call.__name__, call.__doc__ = name, cpu.__doc__
+    call.ops = (on_cpu, on_cuda)  # type: ignore[attr-defined]
+    return call

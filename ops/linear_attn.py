@@ -1,0 +1,320 @@
+"""Linear attention with decay on both sides of the state.
+
+    S_t = diag(e^gk_t) S_{t-1} diag(e^gv_t) + k_t v_t^T        o_t = scale q_t S_t
+
+The primitive behind linear attention (Katharopoulos et al. 2020), GLA (Yang et al. 2023), Mamba-2
+(Dao & Gu 2024), HGRN2, RWKV-6, ABC, Based, ReBased and LightNet.
+
+The family is closed under differentiation. With D_t the gradient of S_t,
+
+    D_t  = scale q_t do_t^T + diag(e^gk_{t+1}) D_{t+1} diag(e^gv_{t+1})
+    dq_t = scale S_t do_t            dk_t = D_t v_t            dv_t = D_t^T k_t
+    dgk_t = dgk_{t+1} + q_t dq_t - k_t dk_t                    dgk_{T+1} = sum_v S_T dS_T
+    dgv_t = dgv_{t+1} + o_t do_t - v_t dv_t                    dgv_{T+1} = sum_k S_T dS_T
+
+so the backward is three calls of the forward, two of them back in time, and two sums.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from flacompile.ops.chunked import CHUNK, chunked
+from flacompile.ops.define import define
+from flacompile.ops.validate import check_linear_attn
+
+Pair = tuple[Tensor, Tensor]
+
+
+def linear_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Pair:
+    """o_t = scale q_t S_t with S_t = diag(e^gk_t) S_{t-1} diag(e^gv_t) + k_t v_t^T.
+
+    Under autocast q, k and v are taken in the autocast dtype; sums are fp32 always.
+
+    Args:
+        q, k: [B, T, H, K], one floating dtype for q, k and v.
+        v: [B, T, H, V].
+        gk: natural-log decay of the key side, <= 0, fp32: [B, T, H] (one number a head),
+            [B, T, H, K] or None (no decay).
+        gv: the same for the value side: [B, T, H], [B, T, H, V] or None.
+        scale: factor on the output; None is K^-0.5.
+        state: the state before the first token, [N, H, K, V] fp32; None is zero. N is B, or the
+            number of packed sequences.
+        cu_seqlens: bounds of the packed sequences, [N + 1], int32 or int64, first 0, last T; then
+            B is 1. Sequences may be empty.
+
+    Returns:
+        o [B, T, H, V] in the dtype of v, and the final state [N, H, K, V].
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; on the CPU also g > 0.
+    """
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    check_linear_attn(q, k, v, gk, gv, state, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if state is None:
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        state = q.new_zeros(sequences, *_state_shape(q, v), dtype=_accumulator(q))
+    gk = gk if gk is None else gk.to(state.dtype)
+    gv = gv if gv is None else gv.to(state.dtype)
+    return _forward(q, k, v, gk, gv, state, cu_seqlens, scale)
+
+
+def linear_attn_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    state: Tensor,
+) -> Pair:
+    """One token of ``linear_attn`` in plain PyTorch: reads and writes the state once.
+
+    Args:
+        q, k: [B, H, K].
+        v: [B, H, V].
+        gk: [B, H], [B, H, K] or None.
+        gv: [B, H], [B, H, V] or None.
+        scale: factor on the output; None is K^-0.5.
+        state: [B, H, K, V] fp32.
+
+    Returns:
+        o [B, H, V] in the dtype of v, and the new state.
+    """
+    if gk is not None:
+        state = state * gk.to(state.dtype).exp().reshape(*q.shape[:2], -1, 1)
+    if gv is not None:
+        state = state * gv.to(state.dtype).exp().reshape(*q.shape[:2], 1, -1)
+    state = state + k.to(state.dtype)[..., None] * v.to(state.dtype)[..., None, :]
+    o = (q.to(state.dtype)[..., None, :] @ state)[..., 0, :]
+    return (o * (q.shape[-1] ** -0.5 if scale is None else scale)).to(v.dtype), state
+
+
+def _accumulator(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _state_shape(q: Tensor, v: Tensor) -> tuple[int, int, int]:
+    return q.shape[2], q.shape[3], v.shape[3]
+
+
+def decomposed(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> Pair:  # fmt: skip
+    """The op as a fixed number of aten operations, for exporters; not for packed sequences."""
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens: expected None in an exported graph, got packed sequences")
+    o, final = chunked(q, k, v, gk, gv, state, scale=scale)
+    return o.to(v.dtype), final
+
+
+def _sequence(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
+    scale: float,
+) -> Pair:  # fmt: skip
+    """``chunked`` with chunk and levels chosen for the T at hand."""
+    time = q.shape[1]
+    if time == 0:
+        return torch.zeros_like(v, dtype=state.dtype), state.clone()
+    chunk = min(CHUNK, 1 << (time - 1).bit_length())
+    num_chunks = -(-time // chunk)
+    levels = (num_chunks > 32) + (num_chunks > 512)
+    return chunked(q, k, v, gk, gv, state, scale=scale, chunk=chunk, levels=levels)
+
+
+def _run_cpu(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, reverse: bool,
+) -> Pair:  # fmt: skip
+    """Every sequence by ``chunked``; o in the dtype of the state."""
+    bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    states = [state] if cu_seqlens is None else list(state.split(1))
+    outputs, finals = [], []
+    for first, last, start in zip(bounds[:-1], bounds[1:], states, strict=True):
+        span = [x if x is None else x[:, first:last] for x in (q, k, v, gk, gv)]
+        if reverse:  # position t takes the decay of t + 1, the last position none
+            span = [x if x is None else x.flip(1) for x in span]
+            span[3:] = [x if x is None else _delay(x) for x in span[3:]]
+        o, final = _sequence(*span, start, scale)  #
+        outputs.append(o.flip(1) if reverse else o)
+        finals.append(final)
+    return torch.cat(outputs, 1), torch.cat(finals)
+
+
+def _delay(g: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(g[:, :1]), g[:, :-1]], 1)
+
+
+def _run_cuda(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, reverse: bool,
+) -> Pair:  # fmt: skip
+    from flacompile.ops.kernels import linear_attn as kernels
+
+    return kernels.linear_attn_forward(
+        q, k, v, gk, gv, state, cu_seqlens, scale, reverse, out_dtype=state.dtype
+    )
+
+
+def linear_attn_forward(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> Pair:  # fmt: skip
+    """The op on a CPU. The sign of the decays is checked here, where reading them costs no sync."""
+    for name, g in (("gk", gk), ("gv", gv)):
+        if g is not None and g.numel() and g.max() > 0:
+            raise ValueError(f"{name} must be a log decay <= 0, got a maximum of {g.max():.4g}")
+    o, final = _run_cpu(q, k, v, gk, gv, state, cu_seqlens, scale, False)
+    return o.to(v.dtype), final
+
+
+def _forward_cuda(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> Pair:  # fmt: skip
+    from flacompile.ops.kernels import linear_attn as kernels
+
+    return kernels.linear_attn_forward(
+        q, k, v, gk, gv, state, cu_seqlens, scale, False, out_dtype=v.dtype
+    )
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> Pair:  # fmt: skip
+    return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(
+        state, memory_format=torch.contiguous_format
+    )
+
+
+def _gradients(
+    run: Callable[..., Pair],
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, o: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, dgk, dgv, dstate of the equations above; dgk and dgv are empty without g."""
+    dq, _ = run(do, v, k, gv, gk, state.mT.contiguous(), cu_seqlens, scale, False)
+    seed = dfinal / scale  # D / scale is the state of the two calls back in time
+    dv, first = run(k, q, do, gk, gv, seed, cu_seqlens, scale, True)
+    dk, _ = run(v, do, q, gv, gk, seed.mT.contiguous(), cu_seqlens, scale, True)
+    dstate = first * scale
+    for g, axis in ((gk, -1), (gv, -2)):
+        if g is not None:
+            dstate = dstate * _first_decay(g, cu_seqlens).unsqueeze(axis)
+    end = final * dfinal
+    dgk = _decay_gradient(q * dq - k * dk, end.sum(-1), gk, cu_seqlens)
+    dgv = _decay_gradient(o * do - v * dv, end.sum(-2), gv, cu_seqlens)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dgk, dgv, dstate
+
+
+def _first_decay(g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """e^g of the first token of each sequence, [N, H, X or 1]; 1 for an empty sequence."""
+    if g.ndim == 3:
+        g = g[..., None]
+    if cu_seqlens is None:
+        return g[:, 0].exp() if g.shape[1] else torch.ones_like(g.sum(1))
+    if not g.shape[1]:
+        return g.new_ones(cu_seqlens.shape[0] - 1, *g.shape[2:])
+    first, last = cu_seqlens[:-1], cu_seqlens[1:]
+    decay = g[0, first.clamp(max=g.shape[1] - 1)].exp()
+    return torch.where((first == last)[:, None, None], 1.0, decay)
+
+
+def _decay_gradient(
+    change: Tensor, end: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """dg_t = dg_{t+1} + change_t back from dg_{T+1} = end, in every sequence.
+
+    Args:
+        change: [B, T, H, X].
+        end: [N, H, X].
+        g: [B, T, H] or [B, T, H, X]: a decay for all channels sums their gradients. Without one
+            the gradient is empty.
+    """
+    if g is None:
+        return end.new_empty(0)
+    if g.ndim == 3:
+        change, end = change.sum(-1, keepdim=True), end.sum(-1, keepdim=True)
+    total = change.to(end.dtype).cumsum(1)
+    if cu_seqlens is None:
+        rest = total[:, -1:] - total + change if g.shape[1] else total
+        dg = rest + end[:, None]
+    else:
+        time = torch.arange(g.shape[1], device=g.device)
+        sequence = torch.searchsorted(cu_seqlens, time, right=True) - 1
+        last = (cu_seqlens[1:] - 1)[sequence]
+        dg = total[:, last] - total + change + end[sequence]
+    return dg.reshape(g.shape)
+
+
+def linear_attn_backward(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, o: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of every input of the op, on a CPU."""
+    return _gradients(_run_cpu, q, k, v, gk, gv, state, cu_seqlens, scale, o, final, do, dfinal)
+
+
+def _backward_cuda(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, o: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _gradients(_run_cuda, q, k, v, gk, gv, state, cu_seqlens, scale, o, final, do, dfinal)
+
+
+def _backward_fake(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, o: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    def like(x: Tensor | None) -> Tensor:
+        return q.new_empty(0 if x is None else x.shape, dtype=(state if x is None else x).dtype)
+
+    return like(q), like(k), like(v), like(gk), like(gv), like(state)
+
+
+_forward = define(linear_attn_forward, _forward_cuda, _forward_fake)
+_backward = define(linear_attn_backward, _backward_cuda, _backward_fake)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
+    *tensors, scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.scale = scale
+
+
+def _backward_of_op(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, o, final = ctx.saved_tensors
+    dq, dk, dv, dgk, dgv, dstate = _backward(*tensors, ctx.scale, o, final, do, dfinal)
+    has_gk, has_gv = tensors[3] is not None, tensors[4] is not None
+    return dq, dk, dv, dgk if has_gk else None, dgv if has_gv else None, dstate, None, None
+
+
+def _flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Multiply-adds of the recurrence, two each: k v^T and q S."""
+    batch, time, heads, key_dim = q
+    return 4 * batch * time * heads * key_dim * v[-1]
+
+
+for _op in _forward.ops:
+    _op.register_autograd(_backward_of_op, setup_context=_setup)
+    register_flop_formula(_op._opoverload.overloadpacket)(_flops)

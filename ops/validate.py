@@ -1,0 +1,73 @@
+"""Checks that every op makes before any work: what was expected and what came, by name."""
+
+import torch
+from torch import Tensor
+
+
+def expect(condition: bool, name: str, expected: str, got: object) -> None:
+    """Raises ValueError naming the argument unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    expect(tuple(x.shape) == shape, name, f"shape {shape}", tuple(x.shape))
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q and k [B, T, H, K], v [B, T, H, V], one floating dtype, one device."""
+    expect(q.ndim == 4, "q", "shape [B, T, H, K]", tuple(q.shape))
+    expect(q.is_floating_point(), "q", "a floating dtype", q.dtype)
+    check_shape("k", k, tuple(q.shape))
+    expect(v.ndim == 4, "v", "shape [B, T, H, V]", tuple(v.shape))
+    check_shape("v", v, (*q.shape[:3], v.shape[3]))
+    for name, x in (("k", k), ("v", v)):
+        expect(x.dtype == q.dtype, name, f"the dtype of q, {q.dtype}", x.dtype)
+        expect(x.device == q.device, name, f"the device of q, {q.device}", x.device)
+    expect(q.device.type in ("cpu", "cuda"), "q", "a CPU or CUDA tensor", q.device)
+
+
+def check_decay(name: str, g: Tensor | None, like: Tensor) -> None:
+    """A log decay: one number a head, or one a channel of ``like`` [B, T, H, X]."""
+    if g is None:
+        return
+    shapes = tuple(like.shape[:3]), tuple(like.shape)
+    expect(tuple(g.shape) in shapes, name, f"shape {shapes[0]} or {shapes[1]}", tuple(g.shape))
+    expect(g.is_floating_point(), name, "a floating dtype", g.dtype)
+    expect(g.device == like.device, name, f"the device of q, {like.device}", g.device)
+
+
+def check_sequences(
+    q: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, state_shape: tuple[int, ...]
+) -> None:
+    """A state [N, *state_shape] fp32 and the bounds of packed sequences [N + 1]."""
+    sequences = q.shape[0]
+    if cu_seqlens is not None:
+        expect(cu_seqlens.ndim == 1, "cu_seqlens", "shape [N + 1]", tuple(cu_seqlens.shape))
+        integers = (torch.int32, torch.int64)
+        expect(cu_seqlens.dtype in integers, "cu_seqlens", "int32 or int64", cu_seqlens.dtype)
+        expect(cu_seqlens.device == q.device, "cu_seqlens", f"device {q.device}", cu_seqlens.device)
+        expect(q.shape[0] == 1, "q", "a batch of 1 with cu_seqlens", q.shape[0])
+        expect(cu_seqlens.shape[0] > 1, "cu_seqlens", "at least one sequence", "none")
+        sequences = cu_seqlens.shape[0] - 1
+    if state is not None:
+        check_shape("state", state, (sequences, *state_shape))
+        accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+        expect(state.dtype == accumulator, "state", str(accumulator), state.dtype)
+        expect(state.device == q.device, "state", f"device {q.device}", state.device)
+
+
+def check_linear_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None,
+    gv: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Everything ``linear_attn`` can know without reading a value."""
+    check_qkv(q, k, v)
+    check_decay("gk", gk, q)
+    check_decay("gv", gv, v)
+    check_sequences(q, state, cu_seqlens, (q.shape[2], q.shape[3], v.shape[3]))

@@ -1,0 +1,164 @@
+"""linear_attn on the CPU: values, gradients and the op contract against the token loop."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from flacompile.ops import linear_attn, linear_attn_step, spec
+
+DECAYS = list(itertools.product([None, "head", "channel"], [None, "head", "channel"]))
+
+
+def draw(time, kinds=(None, None), *, batch=2, dtype=torch.float64, strength=1.0, seed=0):
+    """q, k, v, gk, gv, state with H 2, K 6, V 10."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    def decay(kind, dim):
+        shape = (batch, time, 2) if kind == "head" else (batch, time, 2, dim)
+        return None if kind is None else -strength * normal(*shape).abs() - 1e-3
+
+    q, k, v = normal(batch, time, 2, 6), normal(batch, time, 2, 6), normal(batch, time, 2, 10)
+    return [q, k, v, decay(kinds[0], 6), decay(kinds[1], 10), normal(batch, 2, 6, 10)]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / (want.norm() + 1e-30)).item()
+
+
+def leaves(args):
+    return [x if x is None else x.detach().clone().requires_grad_() for x in args]
+
+
+@pytest.mark.parametrize("kinds", DECAYS)
+@pytest.mark.parametrize("time", [1, 5, 63, 100, 300])
+@pytest.mark.parametrize("strength", [0.0, 0.1, 100.0])
+def test_values_and_gradients(kinds, time, strength):
+    args, want_args = (
+        leaves(draw(time, kinds, strength=strength)),
+        leaves(draw(time, kinds, strength=strength)),
+    )
+    got = linear_attn(*args[:5], state=args[5], scale=0.3)
+    want = spec.linear_attn(*want_args[:5], state=want_args[5], scale=0.3)
+    weights = [torch.randn_like(x) for x in want]
+    for out in (got, want):
+        sum((x * w).sum() for x, w in zip(out, weights, strict=True)).backward()
+    for a, b in zip(got, want, strict=True):
+        assert error(a, b) < 1e-12
+    for name, a, b in zip(("q", "k", "v", "gk", "gv", "state"), args, want_args, strict=True):
+        if a is not None:
+            assert (a.grad - b.grad).abs().max() < 1e-10 * (1 + b.grad.abs().max()), name
+
+
+@pytest.mark.parametrize("kinds", [("head", None), ("channel", None), (None, "channel")])
+def test_fp32(kinds):
+    exact = draw(2000, kinds, strength=0.05)
+    got = linear_attn(*[x if x is None else x.float() for x in exact[:5]])
+    want = spec.linear_attn(*exact[:5])
+    assert max(error(a.double(), b) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_rounding_alone(dtype):
+    args = [x if x is None else x.to(dtype) for x in draw(200, ("channel", None), strength=0.1)]
+    o, state = linear_attn(*args[:3], args[3].float())
+    exact, exact_state = spec.linear_attn(*[x.double() for x in args[:4]])
+    assert o.dtype == dtype and state.dtype == torch.float32
+    assert error(o.double(), exact) < torch.finfo(dtype).eps
+    assert error(state.double(), exact_state) < 1e-5
+
+
+@pytest.mark.parametrize("kinds", DECAYS)
+def test_split_is_whole_is_stepwise(kinds):
+    q, k, v, gk, gv, state = draw(150, kinds)
+    whole, final = linear_attn(q, k, v, gk, gv, state=state)
+    parts, carried = [], state
+    for span in (slice(0, 70), slice(70, 149)):
+        part = [x if x is None else x[:, span] for x in (q, k, v, gk, gv)]
+        o, carried = linear_attn(*part, state=carried)
+        parts.append(o)
+    token = [x if x is None else x[:, 149] for x in (q, k, v, gk, gv)]
+    o, carried = linear_attn_step(*token, state=carried)
+    assert error(torch.cat([*parts, o[:, None]], 1), whole) < 1e-12
+    assert error(carried, final) < 1e-12
+
+
+@pytest.mark.parametrize("kinds", DECAYS)
+def test_packed_is_separate(kinds):
+    bounds = torch.tensor([0, 15, 15, 100, 170], dtype=torch.int32)
+    args = leaves(draw(170, kinds, batch=1)[:5]) + leaves([draw(1, batch=4)[5]])
+    want_args = leaves(args)
+    o, final = linear_attn(*args[:5], state=args[5], cu_seqlens=bounds)
+    pieces = [
+        spec.linear_attn(
+            *[x if x is None else x[:, a:b] for x in want_args[:5]], state=want_args[5][i : i + 1]
+        )
+        for i, (a, b) in enumerate(itertools.pairwise(bounds.tolist()))
+    ]
+    want = torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces])
+    assert error(o, want[0]) < 1e-12 and error(final, want[1]) < 1e-12
+    (o.square().sum() + final.square().sum()).backward()
+    (want[0].square().sum() + want[1].square().sum()).backward()
+    for a, b in zip(args, want_args, strict=True):
+        if a is not None:
+            assert (a.grad - b.grad).abs().max() < 1e-10 * (1 + b.grad.abs().max())
+
+
+@pytest.mark.parametrize("kinds", [(None, None), ("head", None), ("channel", "channel")])
+def test_opcheck(kinds):
+    args = leaves(draw(70, kinds, dtype=torch.float32, strength=0.1))
+    for op in (torch.ops.flacompile.linear_attn_forward.default,):
+        torch.library.opcheck(op, (*args, None, 0.4))
+    q, k, v, gk, gv, state = draw(70, kinds, dtype=torch.float32, strength=0.1)
+    o, final = linear_attn(q, k, v, gk, gv, state=state)
+    inputs = (q, k, v, gk, gv, state, None, 0.4, o, final, o, final)
+    torch.library.opcheck(torch.ops.flacompile.linear_attn_backward.default, inputs)
+
+
+def test_compiled_equals_eager():
+    def loss(q, k, v, gk, state):
+        o, final = linear_attn(q, k, v, gk, state=state)
+        return o.square().sum() + final.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for time in (50, 77, 200):
+        q, k, v, gk, _, state = draw(time, ("head", None), dtype=torch.float32)
+        eager_args, args = leaves([q, k, v, gk, state]), leaves([q, k, v, gk, state])
+        loss(*eager_args).backward()
+        compiled(*args).backward()
+        assert max(error(a.grad, b.grad) for a, b in zip(args, eager_args, strict=True)) < 1e-5
+
+
+def test_linear_in_time():
+    """A quadratic form would hold 2^31 pairs here."""
+    q = torch.randn(1, 2**15 + 3, 1, 8)
+    o, _ = linear_attn(q, q, q, -torch.rand(1, 2**15 + 3, 1, 8))
+    assert o.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 9, 2)}, "q: expected shape"),
+        ({"k": torch.zeros(2, 9, 2, 7)}, "k: expected shape"),
+        ({"v": torch.zeros(2, 8, 2, 10)}, "v: expected shape"),
+        ({"v": torch.zeros(2, 9, 2, 10).half()}, "v: expected the dtype of q"),
+        ({"q": torch.zeros(2, 9, 2, 6, dtype=torch.long)}, "q: expected a floating dtype"),
+        ({"gk": torch.zeros(2, 9, 6)}, "gk: expected shape"),
+        ({"gk": torch.full((2, 9, 2), 0.5)}, "gk must be a log decay <= 0"),
+        ({"gv": torch.full((2, 9, 2, 10), 0.5)}, "gv must be a log decay <= 0"),
+        ({"state": torch.zeros(2, 2, 10, 6)}, "state: expected shape"),
+        ({"state": torch.zeros(2, 2, 6, 10).half()}, "state: expected torch.float32"),
+        ({"cu_seqlens": torch.tensor([0, 9])}, "q: expected a batch of 1"),
+        ({"cu_seqlens": torch.tensor([0.0, 9.0])}, "cu_seqlens: expected int32 or int64"),
+        ({"k": torch.zeros(2, 9, 2, 6, device="meta")}, "k: expected the device of q"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    q, k, v, *_ = draw(9, dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        linear_attn(**{"q": q, "k": k, "v": v, **change})
