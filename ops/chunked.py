@@ -10,7 +10,6 @@ holds j in its left half and i in its right half: the span 64, then 32, ..., the
 Every exponent is a sum of decays between two tokens, so none is positive, whatever the decays are.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._library.custom_ops import CustomOpDef
 
 NAMESPACE = "flacompile"
 
 
 def define(
     cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+) -> tuple[Callable[..., Any], tuple[CustomOpDef, CustomOpDef]]:
     """Registers ``flacompile::<name>`` (CPU) and ``flacompile::<name>_cuda`` (Triton).
 
     Args:
@@ -25,8 +26,7 @@ def define(
         fake: the shapes: same signature, empty outputs.
 
     Returns:
-        A function with the op's signature that calls the op of the first tensor's device. It has
-        the two ops as ``.ops``.
+        A function that calls the op of the first tensor's device, and the two ops.
     """
     name = cpu.__name__
     on_cpu = torch.library.custom_op(
@@ -39,6 +39,4 @@ def define(
     def call(*args: Any) -> Any:
         return (on_cuda if args[0].is_cuda else on_cpu)(*args)
 
-    call.__name__, call.__doc__ = name, cpu.__doc__
-    call.ops = (on_cpu, on_cuda)  # type: ignore[attr-defined]
-    return call
+    return call, (on_cpu, on_cuda)

@@ -292,8 +292,8 @@ def _backward_fake(
     return like(q), like(k), like(v), like(gk), like(gv), like(state)
 
 
-_forward = define(linear_attn_forward, _forward_cuda, _forward_fake)
-_backward = define(linear_attn_backward, _backward_cuda, _backward_fake)
+_forward, _forward_ops = define(linear_attn_forward, _forward_cuda, _forward_fake)
+_backward, _ = define(linear_attn_backward, _backward_cuda, _backward_fake)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
@@ -315,6 +315,6 @@ def _flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: 
     return 4 * batch * time * heads * key_dim * v[-1]
 
 
-for _op in _forward.ops:
+for _op in _forward_ops:
     _op.register_autograd(_backward_of_op, setup_context=_setup)
     register_flop_formula(_op._opoverload.overloadpacket)(_flops)

@@ -1,7 +1,7 @@
-"""Prefixes of decayed sums with a fixed number of tensor operations: the CPU forms are built of these.
+"""Prefixes of decayed sums with a fixed number of tensor operations: what CPU forms are built of.
 
-A state that follows ``s_i = e^{g_i} s_{i-1} + z_i`` is a lower-triangular matrix of decays applied
-to the z: ``s_i = sum_{j <= i} e^{g_{j+1} + ... + g_i} z_j``. The exponents are summed directly, never
+A state that follows ``s_i = e^{g_i} s_{i-1} + z_i`` is a lower-triangular matrix of decays times
+the z: ``s_i = sum_{j <= i} e^{g_{j+1} + ... + g_i} z_j``. The exponents are summed directly, never
 as a difference of running sums, so a strong decay anywhere costs no precision elsewhere, and none
 is positive.
 """
@@ -31,8 +31,8 @@ def segment_sums(g: Tensor) -> Tensor:
 def decayed_prefix(z: Tensor, g: Tensor, start: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """The state before every entry, and after the last one.
 
-    ``s_i = e^{g_i} s_{i-1} + z_i`` with ``s_{-1} = start``. Each level folds FANOUT entries into one
-    by one small triangular matrix; the top is one [n, n] matrix.
+    ``s_i = e^{g_i} s_{i-1} + z_i`` with ``s_{-1} = start``. Each level folds FANOUT entries into
+    one by one small triangular matrix; the top is one [n, n] matrix.
 
     Args:
         z: what each entry adds, [..., n, Y].
