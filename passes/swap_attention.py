@@ -1,0 +1,124 @@
+"""Put a mixer where an attention stood, in the module tree, and take it out again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .sites import AttentionSite
+
+Route = Literal["mixer", "original", "zero"]
+
+
+class Call(NamedTuple):
+    """What a mixer needs from a call of the attention it replaces.
+
+    Args:
+        x: hidden states [B, T, D].
+        state: the mixer's state, or None to start.
+        mask: [B, T], True where the token is real, or None.
+    """
+
+    x: Tensor
+    state: Any = None
+    mask: Tensor | None = None
+
+
+class Convention(Protocol):
+    """How a model calls its attention: reads the call, writes the result back."""
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call: ...
+
+    def write(self, call: Call, y: Tensor, state: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class PlainConvention:
+    """No cache and no mask: x in, y out in the shape the original returned it.
+
+    Entries of a returned tuple other than y are None.
+    """
+
+    x_arg: int | str = 0
+    num_results: int | None = None
+    result_index: int = 0
+
+    @classmethod
+    def of(cls, site: AttentionSite) -> PlainConvention:
+        """The convention that was recorded when the site was found."""
+        return cls(site.x_arg, site.num_results, site.result_index)
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        return Call(kwargs[self.x_arg] if isinstance(self.x_arg, str) else args[self.x_arg])
+
+    def write(self, call: Call, y: Tensor, state: Any) -> Any:
+        if self.num_results is None:
+            return y
+        return tuple(y if i == self.result_index else None for i in range(self.num_results))
+
+
+class SwappedAttention(nn.Module):
+    """Stands where the attention stood: y, state = mixer(x, state, mask=mask).
+
+    Args:
+        mixer: module with the mixers' forward.
+        original: the attention that stood here, the teacher; None once it is given up.
+        convention: reads and writes the model's calls.
+
+    `route` says who answers: "mixer", "original" (called just as before), or "zero" (nothing is
+    added to the residual stream, the floor to compare against).
+    """
+
+    def __init__(self, mixer: nn.Module, original: nn.Module | None, convention: Convention):
+        super().__init__()
+        self.mixer = mixer
+        self.original = original
+        self.convention = convention
+        self.route: Route = "mixer"
+
+    # The attention's callers decide these arguments, so this signature is open.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.route == "original":
+            if self.original is None:
+                raise ValueError("route must be 'mixer' or 'zero' here: the original is gone")
+            return self.original(*args, **kwargs)
+        call = self.convention.read(args, kwargs)
+        if self.route == "zero":
+            return self.convention.write(call, torch.zeros_like(call.x), call.state)
+        y, state = self.mixer(call.x, call.state, mask=call.mask)
+        return self.convention.write(call, y, state)
+
+    def extra_repr(self) -> str:
+        return f"route={self.route!r}"
+
+
+def swap_attention(
+    model: nn.Module, site: AttentionSite, mixer: nn.Module, convention: Convention | None = None
+) -> SwappedAttention:
+    """Replaces the module at site.path, in place, and returns what stands there now.
+
+    The original is kept, frozen, as the teacher.
+
+    Args:
+        convention: None for the plain one recorded in the site.
+    """
+    original = model.get_submodule(site.path)
+    if isinstance(original, SwappedAttention):
+        raise ValueError(f"site.path must name an attention, got {site.path}, already swapped")
+    swapped = SwappedAttention(mixer, original, convention or PlainConvention.of(site))
+    swapped.train(original.training)
+    original.requires_grad_(False)
+    model.set_submodule(site.path, swapped, strict=True)
+    return swapped
+
+
+def restore_attention(model: nn.Module, site: AttentionSite) -> nn.Module:
+    """Puts the original back where swap_attention took it, and returns it, trainable."""
+    swapped = model.get_submodule(site.path)
+    if not isinstance(swapped, SwappedAttention) or swapped.original is None:
+        raise ValueError(f"site.path must name a swapped attention with its original, got {swapped}")
+    model.set_submodule(site.path, swapped.original.requires_grad_(True), strict=True)
+    return swapped.original
