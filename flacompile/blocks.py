@@ -1,0 +1,267 @@
+"""What mixers are made of besides their recurrence, in plain PyTorch: Inductor fuses these.
+
+Norms, low-rank maps, rotary embedding, feature maps and the short causal convolution. Layouts are
+``[B, T, D]`` and ``[B, T, H, K]`` throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from flacompile.layers.base import Tokens
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32, or in float64 where it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x²) + eps) · (offset + weight), the mean in fp32.
+
+    Args:
+        dim: size of the last axis.
+        eps: added to the mean square.
+        offset: 1 for the (1 + weight) form of Gemma.
+        affine: whether there is a weight; the neutral one is 1 - offset.
+    """
+
+    def __init__(
+        self, dim: int, eps: float = 1e-5, offset: float = 0.0, affine: bool = True
+    ) -> None:
+        super().__init__()
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = at_least_fp32(x)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        if self.weight is not None:
+            y = y * (self.offset + self.weight.to(y.dtype))
+        return y.to(x.dtype)
+
+
+class QKNorm(NamedTuple):
+    """RMS norm of queries and keys before rotary: over each head, or over the full width."""
+
+    eps: float = 1e-5
+    per_head: bool = True
+    offset: float = 0.0
+
+    def module(self, num_heads: int, head_dim: int) -> RMSNorm:
+        return RMSNorm(head_dim * (1 if self.per_head else num_heads), self.eps, self.offset)
+
+    def apply(self, norm: RMSNorm, x: Tensor) -> Tensor:
+        """Normalises x [B, T, H, K]."""
+        return norm(x) if self.per_head else norm(x.flatten(-2)).view_as(x)
+
+
+def low_rank(dim: int, rank: int, out: int, bias: bool = True) -> nn.Sequential:
+    """x -> W2 (W1 x) + b, parameters 0.weight, 1.weight and 1.bias."""
+    return nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, out, bias=bias))
+
+
+class Rotary(nn.Module):
+    """Rotates pairs of channels by angle position · inv_freq, in fp32.
+
+    (x, y) -> factor · (x cos - y sin, y cos + x sin)
+
+    The first 2 · len(inv_freq) channels of a head are rotated, the rest pass. A pair is (i, i + n)
+    of the rotated channels, or (2 i, 2 i + 1) when interleaved.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        inv_freq: tuple[float, ...]
+        interleaved: bool = False
+        factor: float = 1.0
+
+        @classmethod
+        def from_theta(cls, theta: float, dim: int) -> Rotary.Config:
+            """inv_freq_i = theta^(-2i / dim)."""
+            return cls(inv_freq=tuple(theta ** (-i / dim) for i in range(0, dim, 2)))
+
+    inv_freq: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("inv_freq", torch.tensor(config.inv_freq), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        """Follows the device of the module and never its dtype: frequencies stay fp32."""
+        super()._apply(fn, recurse)
+        self.inv_freq = torch.tensor(
+            self.config.inv_freq, dtype=torch.float32, device=self.inv_freq.device
+        )
+        return self
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """Rotates x [B, T, H, K] by position [B, T]."""
+        width = 2 * len(self.config.inv_freq)
+        turned, rest = at_least_fp32(x[..., :width]), x[..., width:]
+        angle = position[..., None, None].to(turned.dtype) * self.inv_freq.to(turned.dtype)
+        cos, sin = angle.cos() * self.config.factor, angle.sin() * self.config.factor
+        if self.config.interleaved:
+            a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
+            turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+        else:
+            a, b = turned.chunk(2, -1)
+            turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+        return torch.cat((turned.to(x.dtype), rest), -1)
+
+
+class Hedgehog(nn.Module):
+    """φ(x) = softmax([2 W x, -2 W x]), W = 1 at first (Zhang et al. 2024); doubles the width."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(dim, dim)
+        nn.init.eye_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = 2 * self.layer(x)
+        return torch.cat((y, -y), -1).softmax(-1)
+
+
+class T2R(nn.Module):
+    """φ(x) = relu(W x) (Kasai et al. 2021)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).relu()
+
+
+class ElementwiseProduct(nn.Module):
+    """φ(x) = (W1 x + b1) ⊙ (W2 x + b2)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layer1 = nn.Linear(dim, dim)
+        self.layer2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer1(x) * self.layer2(x)
+
+
+class DPFP(nn.Module):
+    """φ(x)_{j,i} = r_i r_{i-j} with r = relu([x, -x]), j = 1..4 (Schlag et al. 2021)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = torch.cat((x, -x), -1).relu()
+        return torch.cat([r * r.roll(j, -1) for j in range(1, 5)], -1)
+
+
+class Elementwise(nn.Module):
+    """φ by a function of one channel."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": lambda x: F.elu(x) + 1,
+    "gelu": F.gelu,
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "sigmoid": F.sigmoid,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+FEATURE_MAPS: dict[str, Callable[[int], nn.Module]] = {
+    "hedgehog": Hedgehog,
+    "t2r": T2R,
+    "elementwise_product": ElementwiseProduct,
+    "dpfp": DPFP,
+}
+FEATURE_WIDTH = {"hedgehog": 2, "dpfp": 8}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of that name; "elu" is elu + 1."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def feature_map(name: str, dim: int) -> tuple[nn.Module, int]:
+    """The feature map of that name for heads of ``dim`` channels, and its output width."""
+    if name in FEATURE_MAPS:
+        return FEATURE_MAPS[name](dim), dim * FEATURE_WIDTH.get(name, 1)
+    if name in ("elu", "relu", "identity"):
+        return Elementwise(ACTIVATIONS[name]), dim
+    names = sorted([*FEATURE_MAPS, "elu", "relu", "identity"])
+    raise ValueError(f"feature_map: expected one of {names}, got {name!r}")
+
+
+class ShortConvolution(nn.Module):
+    """y_t = act(b + Σ_i w_i x_{t-i}), one filter of W taps a channel, w stored oldest tap first.
+
+    Tokens before the start of a sequence are the carried state, or zero. A tap that would reach
+    into the previous sequence of a pack takes the state of its own sequence instead.
+    """
+
+    def __init__(self, dim: int, size: int, bias: bool = False) -> None:
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.empty(dim, 1, size))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def forward(self, x: Tensor, past: Tensor | None, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Convolves and returns the inputs that the next call needs.
+
+        Args:
+            x: [B, T, C].
+            past: the last W - 1 inputs of each sequence, [N, W - 1, C], or None.
+            tokens: where the T tokens stand.
+
+        Returns:
+            y [B, T, C] and the last W - 1 inputs [N, W - 1, C].
+        """
+        past = self._empty(x, tokens) if past is None else past.to(x.dtype)
+        taps, past = (self._taps if tokens.cu_seqlens is None else self._packed)(x, past, tokens)
+        y = sum(tap * self.weight[:, 0, i] for i, tap in enumerate(taps))
+        y = y if self.bias is None else y + self.bias
+        return F.silu(y).to(x.dtype), past
+
+    def _empty(self, x: Tensor, tokens: Tokens) -> Tensor:
+        return x.new_zeros(tokens.end.shape[0], self.size - 1, x.shape[-1])
+
+    def _taps(self, x: Tensor, past: Tensor, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
+        time, reach = x.shape[1], self.size - 1
+        padded = torch.cat((past, x), 1)
+        taps = [padded[:, i : i + time] for i in range(self.size)]
+        if tokens.lengths is None:
+            return taps, padded[:, time:]
+        index = tokens.lengths[:, None] + torch.arange(reach, device=x.device)
+        return taps, padded.take_along_dim(index[..., None], 1)
+
+    def _packed(self, x: Tensor, past: Tensor, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
+        taps, reach, cu_seqlens = [x], self.size - 1, tokens.cu_seqlens
+        for i in range(1, self.size):  # x_{t-i} from x, or from the state near a start
+            shifted = F.pad(x, (0, 0, i, 0))[:, : x.shape[1]]
+            old = past[tokens.segment, (tokens.since - i + reach).clamp(max=reach - 1)]
+            taps.insert(0, torch.where((tokens.since >= i)[:, None], shifted, old))
+        last = cu_seqlens.diff()[:, None] + torch.arange(-reach, 0, device=x.device)
+        old = past.take_along_dim((last + reach).clamp(max=reach - 1)[..., None], 1)
+        new = x[0, (cu_seqlens[:-1, None] + last).clamp(0, x.shape[1] - 1)]
+        return taps, torch.where(last[..., None] < 0, old, new)

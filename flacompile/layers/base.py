@@ -1,0 +1,247 @@
+"""What every mixer shares: the contract, where tokens stand, states, and attention's projections.
+
+A mixer maps x [B, T, D] and a state to y [B, T, D] and the next state. Padding may stand anywhere:
+rows are first moved so that real tokens come first, which makes it inert for anything causal.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flacompile.ops import linear_attn, linear_attn_step
+from flacompile.ops.validate import check_shape, expect
+
+
+class RecurrentState(NamedTuple):
+    """What a recurrent mixer carries from call to call.
+
+    recurrent [N, H, K, V] fp32; conv, the last inputs of each short convolution [N, W - 1, C], or
+    (); position [N] int64, the number of tokens seen.
+    """
+
+    recurrent: Tensor
+    conv: tuple[Tensor, ...]
+    position: Tensor
+
+
+class Tokens(NamedTuple):
+    """Where the tokens of one call stand. Real tokens come first in each row.
+
+    position [B, T] counts from the state's; end [N] is the position after the call. lengths [B] is
+    set with a mask; cu_seqlens [N + 1], segment [T] and since [T] (the sequence of a token, and its
+    distance from the start of it) are set for a pack.
+    """
+
+    position: Tensor
+    end: Tensor
+    lengths: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    segment: Tensor | None = None
+    since: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, x: Tensor, seen: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tokens:
+        """For x [B, T, ...] after ``seen`` [N] tokens."""
+        time = torch.arange(x.shape[1], device=x.device)
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.long()
+            seen = torch.zeros_like(cu_seqlens[1:]) if seen is None else seen
+            segment = torch.searchsorted(cu_seqlens, time, right=True) - 1
+            since = time - cu_seqlens[segment]
+            position = (seen[segment] + since)[None]
+            return cls(position, seen + cu_seqlens.diff(), None, cu_seqlens, segment, since)
+        seen = time.new_zeros(x.shape[0]) if seen is None else seen
+        return cls(
+            seen[:, None] + time, seen + (x.shape[1] if lengths is None else lengths), lengths
+        )
+
+    def zero_padding(self, x: Tensor) -> Tensor:
+        """x [B, T, ...] with zeros at padding."""
+        if self.lengths is None:
+            return x
+        real = torch.arange(x.shape[1], device=x.device) < self.lengths[:, None]
+        return torch.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0.0)
+
+
+class Mixer(nn.Module):
+    """(x, state) -> (y, state). Subclasses define Config, ``sequence``, ``step`` and their state."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        hidden_size: int
+
+    State: ClassVar[type] = RecurrentState
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Any = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Mixes T tokens.
+
+        Args:
+            x: [B, T, D].
+            state: of N sequences, from ``init_state`` or an earlier call; None is the empty one.
+            mask: [B, T] bool or 0/1, True at real tokens; y is zero at the others.
+            cu_seqlens: [N + 1] bounds of the sequences packed in x; then B is 1.
+
+        Returns:
+            y [B, T, D] and the state after the last token of each sequence.
+        """
+        self.validate(x, state, mask, cu_seqlens)
+        seen = None if state is None else state.position
+        if mask is None:
+            return self.sequence(x, state, Tokens.of(x, seen, None, cu_seqlens))
+        mask = mask.bool()
+        lengths = mask.sum(1)
+        target = torch.where(mask, mask.cumsum(1), lengths[:, None] + (~mask).cumsum(1)) - 1
+        x = x.take_along_dim(target.argsort(1)[..., None], 1)
+        y, state = self.sequence(x, state, Tokens.of(x, seen, lengths, None))
+        y = y.take_along_dim(target[..., None], 1)
+        return torch.where(mask[..., None], y, 0.0), state
+
+    @abstractmethod
+    def sequence(self, x: Tensor, state: Any, tokens: Tokens) -> tuple[Tensor, Any]:
+        """``forward`` on validated input whose padding comes last: project, mix, project."""
+
+    @abstractmethod
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One token: x [B, D] -> y [B, D], and the next state. As ``forward`` with T = 1."""
+
+    @abstractmethod
+    def init_state(self, batch_size: int, *, device: torch.device | None = None) -> Any:
+        """The state of ``batch_size`` sequences that have not begun."""
+
+    @abstractmethod
+    def validate_state(self, state: Any, num_sequences: int) -> None:
+        """As ``validate``, for the state of that many sequences."""
+
+    def validate(
+        self, x: Tensor, state: Any, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> None:
+        """Raises ValueError, naming the argument, for whatever does not fit this mixer."""
+        expect(x.ndim == 3, "x", "shape [B, T, D]", tuple(x.shape))
+        width = self.config.hidden_size
+        expect(x.shape[2] == width, "x", f"a last dimension of {width}", tuple(x.shape))
+        num_sequences = x.shape[0]
+        if mask is not None:
+            expect(cu_seqlens is None, "mask", "None with cu_seqlens", tuple(mask.shape))
+            check_shape("mask", mask, tuple(x.shape[:2]))
+        if cu_seqlens is not None:
+            expect(cu_seqlens.ndim == 1, "cu_seqlens", "shape [N + 1]", tuple(cu_seqlens.shape))
+            integer = cu_seqlens.dtype in (torch.int32, torch.int64)
+            expect(integer, "cu_seqlens", "int32 or int64", cu_seqlens.dtype)
+            expect(x.shape[0] == 1, "x", "a batch of 1 with cu_seqlens", x.shape[0])
+            num_sequences = cu_seqlens.shape[0] - 1
+        if state is not None:
+            name = self.State.__name__
+            expect(isinstance(state, self.State), "state", name, type(state).__name__)
+            self.validate_state(state, num_sequences)
+
+    def validate_step(self, x: Tensor, state: Any) -> None:
+        """As ``validate``, for ``step``."""
+        expect(x.ndim == 2, "x", "shape [B, D]", tuple(x.shape))
+        expect(state is not None, "state", self.State.__name__, None)
+        self.validate(x[:, None], state, None, None)
+
+
+class RecurrentMixer(Mixer):
+    """A mixer whose state is a matrix a head. Subclasses define project, output and the shapes.
+
+    ``mix`` and ``mix_step`` call ``linear_attn``, with inputs (q, k, v, gk, gv) or fewer; a mixer
+    of another primitive overrides both.
+    """
+
+    scale: float | None = None
+
+    @property
+    @abstractmethod
+    def recurrent_shape(self) -> tuple[int, int, int]:
+        """(H, K, V)."""
+
+    @property
+    def conv_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(W - 1, C) of each tensor of inputs that the state keeps."""
+        return ()
+
+    @abstractmethod
+    def project(
+        self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """x [B, T, D] -> the inputs of ``mix``, inert at padding, and the next conv state."""
+
+    @abstractmethod
+    def output(self, o: Tensor, x: Tensor) -> Tensor:
+        """o [B, T, H, V] and the mixer's input x -> y [B, T, D]."""
+
+    def mix(
+        self, inputs: tuple[Tensor, ...], state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs [B, T, H, *] -> o [B, T, H, V] and the state."""
+        return linear_attn(*inputs, scale=self.scale, state=state, cu_seqlens=cu_seqlens)
+
+    def mix_step(self, inputs: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs [B, H, *] -> o [B, H, V] and the state."""
+        return linear_attn_step(*inputs, scale=self.scale, state=state)
+
+    def sequence(
+        self, x: Tensor, state: RecurrentState | None, tokens: Tokens
+    ) -> tuple[Tensor, RecurrentState]:
+        conv, recurrent = (None, None) if state is None else (state.conv, state.recurrent)
+        inputs, conv = self.project(x, conv, tokens)
+        o, recurrent = self.mix(inputs, recurrent, tokens.cu_seqlens)
+        return self.output(o, x), RecurrentState(recurrent, conv, tokens.end)
+
+    def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        self.validate_step(x, state)
+        x = x[:, None]
+        tokens = Tokens.of(x, state.position, None, None)
+        inputs, conv = self.project(x, state.conv, tokens)
+        o, recurrent = self.mix_step(tuple(i[:, 0] for i in inputs), state.recurrent)
+        return self.output(o[:, None], x)[:, 0], RecurrentState(recurrent, conv, tokens.end)
+
+    def init_state(self, batch_size: int, *, device: torch.device | None = None) -> RecurrentState:
+        weight = next(self.parameters())
+        device = weight.device if device is None else device
+        accumulator = torch.promote_types(weight.dtype, torch.float32)
+        return RecurrentState(
+            torch.zeros(batch_size, *self.recurrent_shape, dtype=accumulator, device=device),
+            tuple(
+                torch.zeros(batch_size, *shape, dtype=weight.dtype, device=device)
+                for shape in self.conv_shapes
+            ),
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+        )
+
+    def validate_state(self, state: RecurrentState, num_sequences: int) -> None:
+        check_shape("state.recurrent", state.recurrent, (num_sequences, *self.recurrent_shape))
+        accumulator = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+        dtype = state.recurrent.dtype
+        expect(dtype == accumulator, "state.recurrent", str(accumulator), dtype)
+        check_shape("state.position", state.position, (num_sequences,))
+        shapes = self.conv_shapes
+        expect(
+            len(state.conv) == len(shapes), "state.conv", f"{len(shapes)} tensors", len(state.conv)
+        )
+        for i, (conv, shape) in enumerate(zip(state.conv, shapes, strict=True)):
+            check_shape(f"state.conv[{i}]", conv, (num_sequences, *shape))
+
+
+def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, T, H_kv, ...] -> [B, T, H, ...], each head H / H_kv times in a row."""
+    groups = num_heads // x.shape[2]
+    return x.unsqueeze(3).expand(*x.shape[:3], groups, *x.shape[3:]).flatten(2, 3)
