@@ -1,0 +1,65 @@
+// Greedy generation from a flacompile package, without Python.
+//   generate model.pt2 NEW_TOKENS ID [ID ...]
+// Prints the ids of the prompt and of the new tokens on one line; the speed goes to stderr.
+#include <ATen/ATen.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+
+#include <chrono>
+#include <iostream>
+#include <string>
+#include <vector>
+
+using torch::inductor::AOTIModelPackageLoader;
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+int run(int argc, char** argv) {
+  if (argc < 4) {
+    std::cerr << "usage: generate model.pt2 NEW_TOKENS ID [ID ...]\n";
+    return 2;
+  }
+  const int64_t count = std::stoll(argv[2]);
+  std::vector<int64_t> ids;
+  for (int i = 3; i < argc; ++i) ids.push_back(std::stoll(argv[i]));
+
+  c10::InferenceMode guard;
+  AOTIModelPackageLoader prefill(argv[1], "prefill"), decode(argv[1], "decode");
+
+  // The package's code does not check what it is given: int64, contiguous, [1, T].
+  auto prompt = at::empty({1, static_cast<int64_t>(ids.size())}, at::kLong);
+  std::copy(ids.begin(), ids.end(), prompt.data_ptr<int64_t>());
+  auto start = Clock::now();
+  auto outputs = prefill.run({prompt});  // logits [1, vocabulary], then the states
+  const int64_t vocabulary = outputs[0].size(1);
+  for (int64_t id : ids)
+    if (id < 0 || id >= vocabulary) {
+      std::cerr << "token id: expected 0 to " << vocabulary - 1 << ", got " << id << "\n";
+      return 2;
+    }
+  std::cerr << "prefill " << ids.size() / seconds_since(start) << " tokens/s\n";
+
+  start = Clock::now();
+  for (int64_t i = 0; i < count; ++i) {
+    auto token = outputs[0].argmax(1, /*keepdim=*/true);
+    ids.push_back(token.item<int64_t>());
+    outputs[0] = token;
+    for (auto& x : outputs) x = x.contiguous();
+    if (i + 1 < count) outputs = decode.run(outputs);
+  }
+  if (count > 1) std::cerr << "decode " << (count - 1) / seconds_since(start) << " tokens/s\n";
+  for (int64_t id : ids) std::cout << id << ' ';
+  std::cout << '\n';
+  return 0;
+}
+
+int main(int argc, char** argv) {
+  try {
+    return run(argc, argv);
+  } catch (const std::exception& error) {
+    std::cerr << "generate: " << error.what() << "\n";
+    return 1;
+  }
+}

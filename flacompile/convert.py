@@ -1,0 +1,243 @@
+"""Softmax attention out, a linear mixer in: ``flacompile.convert``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flacompile import hf
+from flacompile.calibrate import calibrate, relative_error
+from flacompile.layers import MIXERS, Mixer
+from flacompile.passes.capture import default_ids, evaluating, record_calls, switch_to_sdpa
+from flacompile.passes.find_attention import find_attention
+from flacompile.passes.sites import AttentionSite, Rejected, describe_site
+from flacompile.passes.swap_attention import (
+    PlainConvention,
+    Route,
+    SwappedAttention,
+    swap_attention,
+)
+from flacompile.passes.verify import rebuild
+
+EXAMPLE = (4, 128)  # rows and tokens of random ids, where the user gives no example
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One converted attention.
+
+    Attributes:
+        path: its place in the module tree.
+        found: what the pass found there.
+        mixer: registry name of what stands there now.
+        before: relative squared error of the new mixer's output, before calibration, against the
+            attention it replaces.
+        after: the same after it; equal to before where there was none.
+    """
+
+    path: str
+    found: str
+    mixer: str
+    before: float
+    after: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What ``convert`` did: layers converted, kept on request, left alone with the reason."""
+
+    layers: tuple[Layer, ...]
+    kept: tuple[str, ...]
+    rejected: tuple[Rejected, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{x.path} -> {x.mixer}: relative error {x.before:.3f}"
+            + (f", calibrated {x.after:.3f}" if x.after != x.before else "")
+            for x in self.layers
+        ]
+        lines += [f"{path}: kept" for path in self.kept]
+        lines += [f"{x.path}: left alone, {x.reason}" for x in self.rejected]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def convert(
+    model: nn.Module,
+    mixer: str | Mixer.Config = "gla",
+    *,
+    keep: float | Sequence[int] = (),
+    init: Literal["neutral", "calibrated"] = "neutral",
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    calibration: Iterable[Tensor] | None = None,
+) -> nn.Module:
+    """Replaces every causal softmax attention that can be proved by a linear mixer, in place.
+
+    Nothing is guessed. The model is captured on the example, every attention is traced back to
+    its weights, and softmax attention rebuilt from them must give the model's own output; else
+    the site is left alone and ``report(model)`` says why. The original attention stays beside the
+    new mixer, frozen, as the teacher, until ``finalize``. Either all of it happens or nothing.
+
+    Args:
+        model: any module whose attention is ``scaled_dot_product_attention``; transformers models
+            with eager attention are switched to it.
+        mixer: a registry name, or a mixer's ``Config``; of a Config, the fields that differ from
+            the class's defaults are used, the rest follows the attention found.
+        keep: attentions that stay softmax: their indices in order, negative ones from the end, or
+            a share of all, spread evenly.
+        init: "neutral" copies q, k, v, o and opens the gates; "calibrated" then sets decay and
+            scale of each head from the teacher's statistics, in closed form.
+        example_inputs: arguments of one call of the model; random tokens for a transformers model.
+        calibration: batches of token ids [B, T] for "calibrated"; default the example.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: an unknown mixer, nothing that can be converted, a model already converted, or
+            an argument out of range.
+    """
+    cls, changed = _mixer_class(mixer)
+    if init not in ("neutral", "calibrated"):
+        raise ValueError(f"init: expected 'neutral' or 'calibrated', got {init!r}")
+    if swapped(model):
+        raise ValueError("model: expected one that is not converted, got a converted one")
+    note = switch_to_sdpa(model)
+    args, kwargs = _call_of(example_inputs)
+    findings = find_attention(model, args, kwargs)
+    kept = _kept(keep, len(findings.sites))
+    chosen = [site for i, site in enumerate(findings.sites) if i not in kept]
+    kept_paths = tuple(findings.sites[i].path for i in sorted(kept))
+    if not chosen:
+        found = [f"  {path}: kept on request" for path in kept_paths]
+        found += [f"  {x.path}: {x.reason}" for x in findings.rejected]
+        raise ValueError(
+            "model: expected at least one causal softmax attention to convert, got none\n"
+            + ("\n".join(found) or "  no scaled_dot_product_attention in the captured graph")
+        )
+    if calibration is not None:
+        batches = [((ids,), {}) for ids in calibration]
+    else:
+        batches = [(args or (default_ids(model, *_example_shape(model)),), kwargs)]
+    name = next(name for name, c in MIXERS.items() if c is cls)
+    examples = _examples(model, chosen, batches)
+    layers, mixers = [], []
+    for site in chosen:
+        config = dataclasses.replace(cls.config_for(site), **changed)
+        new = build(cls, config, model, site)
+        x, y = examples[site.path]
+        before = after = relative_error(new, x, y)
+        if init == "calibrated":
+            after = calibrate(new, rebuild(site, model, x), site.scale, x, y)
+        mixers.append(new.train(model.training))
+        layers.append(Layer(site.path, describe_site(site), name, before, after))
+    for site, new in zip(chosen, mixers, strict=True):
+        swap_attention(model, site, new, hf.convention_of(model, site))
+    notes = (*([note] if note else []), *findings.notes)
+    model.flacompile_report = Report(tuple(layers), kept_paths, findings.rejected, notes)  # type: ignore[assignment]
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What ``convert`` did to this model."""
+    if not isinstance(getattr(model, "flacompile_report", None), Report):
+        raise ValueError(f"model: expected a converted model, got {type(model).__name__}")
+    return model.flacompile_report  # type: ignore[return-value]
+
+
+def finalize(model: nn.Module) -> nn.Module:
+    """Lets go of the teacher: afterwards only the mixers remain. Returns the same model."""
+    for layer in swapped(model).values():
+        layer.original, layer.route = None, "mixer"
+    return model
+
+
+def swapped(model: nn.Module) -> dict[str, SwappedAttention]:
+    """Every converted attention of a model by its path, in order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SwappedAttention)}
+
+
+@contextmanager
+def routed(model: nn.Module, route: Route) -> Iterator[None]:
+    """Inside the block every converted attention answers by this route."""
+    before = [(layer, layer.route) for layer in swapped(model).values()]
+    for layer, _ in before:
+        layer.route = route
+    try:
+        yield
+    finally:
+        for layer, old in before:
+            layer.route = old
+
+
+@torch.no_grad()
+def build(cls: type[Mixer], config: Any, model: nn.Module, site: AttentionSite) -> Mixer:
+    """A mixer with the site's weights, in their dtype and on their device."""
+    weights = site.weights(model)
+    mixer = cls(config).to(weights.q_weight)
+    mixer.load_attention(weights)
+    return mixer
+
+
+def _mixer_class(mixer: str | Mixer.Config) -> tuple[type[Mixer], dict[str, Any]]:
+    """The class, and the Config fields that the user set."""
+    if isinstance(mixer, str):
+        if mixer not in MIXERS:
+            raise ValueError(f"mixer: expected one of {', '.join(sorted(MIXERS))}, got {mixer!r}")
+        return MIXERS[mixer], {}
+    for cls in MIXERS.values():
+        if type(mixer) is cls.Config:
+            default = cls.Config()
+            fields = {f.name: getattr(mixer, f.name) for f in dataclasses.fields(mixer)}
+            return cls, {k: v for k, v in fields.items() if v != getattr(default, k)}
+    raise ValueError(f"mixer: expected a name or a mixer's Config, got {type(mixer).__name__}")
+
+
+def _call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as args and kwargs; none is left to the pass."""
+    if example is None:
+        return (), {}
+    if isinstance(example, dict):
+        return (), example
+    return ((example,) if isinstance(example, Tensor) else tuple(example)), {}
+
+
+def _example_shape(model: nn.Module) -> tuple[int, int]:
+    batch, time = EXAMPLE
+    return batch, min(time, getattr(model.config, "max_position_embeddings", None) or time)
+
+
+def _examples(
+    model: nn.Module, sites: Sequence[AttentionSite], batches: list[Any]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Input and output [B, T, D] of every attention over all batches."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {site.path: [] for site in sites}
+    with evaluating(model):
+        for args, kwargs in batches:
+            calls = record_calls(model, set(seen), args, kwargs)
+            for site in sites:
+                convention, call = PlainConvention.of(site), calls[site.path]
+                x = convention.read(call.args, call.kwargs).x
+                seen[site.path].append((x, convention.output(call.result)))
+    return {
+        path: (torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
+        for path, pairs in seen.items()
+    }
+
+
+def _kept(keep: float | Sequence[int], count: int) -> set[int]:
+    """Indices of the attentions to keep."""
+    if isinstance(keep, (int, float)):
+        if not 0 <= keep < 1:
+            raise ValueError(f"keep: expected indices or a share in [0, 1), got {keep}")
+        number = round(keep * count)
+        return {int((i + 0.5) * count / number) for i in range(number)}
+    wrong = [i for i in keep if not -count <= i < count]
+    if wrong:
+        raise ValueError(f"keep: expected indices of {count} attentions, got {wrong}")
+    return {i % count for i in keep}
+

@@ -1,0 +1,59 @@
+"""Files that are whole or not there: written under another name, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Calls ``write(temporary_path)``, then renames the file over ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes tensors and plain values as a torch file."""
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads what ``save`` wrote.
+
+    Raises:
+        ValueError: the file is not a checkpoint of this package; it is left as it is.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch reports a broken file by half a dozen types
+        raise ValueError(
+            f"checkpoint: expected a file written by flacompile.distill, got {path}, which does "
+            f"not load ({type(error).__name__}: {str(error)[:200]}); move it away to start anew"
+        ) from error
+    if not isinstance(state, dict) or "progress" not in state:
+        raise ValueError(
+            f"checkpoint: expected a file written by flacompile.distill, got {path}; move it away "
+            "to start anew"
+        )
+    return state
+
+
+def append_json(path: Path, record: dict[str, Any]) -> None:
+    """Adds one line to a JSON-lines log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as log:
+        log.write(json.dumps(record) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a log; a line cut off by a kill is dropped."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

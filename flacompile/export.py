@@ -1,0 +1,172 @@
+"""A converted model as one package that runs without Python: ``flacompile.export``.
+
+The package holds two AOTInductor models. ``prefill``: ids [B, T] -> logits of the last token
+[B, vocabulary] and the states, B and T dynamic. ``decode``: one token [B, 1] and the states ->
+logits and the next states. The states are plain tensors in a fixed order and do not grow.
+
+A number of chunks that is one in the example is specialised inside an op's body, where export does
+not look, and the package would be silently wrong elsewhere. So the example has more than two of the
+largest spans that the CPU form folds, and every package is compared with the model, by value and at
+lengths on both sides of each span, before it gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+import flacompile
+from flacompile import hf
+from flacompile.convert import routed, swapped
+from flacompile.distill.checkpoint import write_atomically
+from flacompile.ops.chunked import CHUNK
+from flacompile.ops.prefix import FANOUT
+from flacompile.passes.decompose import decompose
+
+SPAN = CHUNK * FANOUT  # tokens that one fold of the CPU form covers
+LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, SPAN + 1)  # where the gate compares values
+TOLERANCE = 1e-4  # relative, fp32
+
+
+class Prefill(nn.Module):
+    """ids [B, T] -> (logits [B, vocabulary], the state of every layer)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, list[Any]]:
+        position = torch.arange(ids.shape[1], device=ids.device)[None]
+        return hf.run_with_states(self.model, ids, position, None)
+
+
+class Decode(nn.Module):
+    """token [B, 1] and states -> (logits [B, vocabulary], states)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, token: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
+        return hf.run_with_states(self.model, token, states[0].position[:, None], states)
+
+
+def export(
+    model: nn.Module, path: str | Path, *, lengths: Sequence[int] = LENGTHS
+) -> dict[str, Any]:
+    """Writes ``path``, a ``.pt2`` package with ``prefill`` and ``decode``.
+
+    Args:
+        model: a converted transformers causal language model, every attention converted.
+        path: the package; an existing file is replaced only by a package that passed its gate.
+        lengths: values of T at which prefill and the decode after it are compared with the model.
+
+    Returns:
+        The largest relative errors of the gate, and the shapes of the states at B = 1. The same
+        is in the package as the metadata of ``prefill``.
+
+    Raises:
+        ValueError: not a converted model, softmax layers were kept, or the gate failed.
+    """
+    path = Path(path)
+    _check(model, path)
+    model.eval()
+    with torch.no_grad(), routed(model, "mixer"), hf.unpadded(model):
+        largest = getattr(model.config, "max_position_embeddings", None) or SPAN * 4
+        lengths = [t for t in lengths if t < largest]
+        device = next(model.parameters()).device
+        ids = torch.ones(2, SPAN * 3 - 70, dtype=torch.long, device=device)
+        prefill = decompose(
+            torch.export.export(
+                Prefill(model), (ids,), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
+            )
+        )
+        _, states = Prefill(model)(ids[:, :3])
+        states = pytree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), states)
+        token = torch.ones(2, 1, dtype=torch.long, device=device)
+        batch = pytree.tree_map(lambda x: {0: Dim.DYNAMIC}, states)
+        decode = decompose(
+            torch.export.export(
+                Decode(model), (token, states), dynamic_shapes=({0: Dim.DYNAMIC}, batch)
+            )
+        )
+        leaves = [[1, *x.shape[1:]] for x in pytree.tree_leaves(states)]
+        facts = {"state_shapes": leaves, "device": device.type, "torch": torch.__version__}
+        metadata = {"flacompile": flacompile.__version__, "facts": json.dumps(facts)}
+        programs = {"prefill": prefill, "decode": decode}
+        files = {
+            name: torch._inductor.aot_compile(
+                program.module(),
+                *program.example_inputs,
+                options={"aot_inductor.package": True, "aot_inductor.metadata": metadata},
+            )
+            for name, program in programs.items()
+        }
+
+        def write(temporary: Path) -> None:
+            package = temporary.with_suffix(".pt2")  # the packager insists on the suffix
+            try:
+                torch._inductor.package.package_aoti(str(package), files)
+                facts["errors"] = _gate(model, package, lengths)
+                package.rename(temporary)
+            finally:
+                package.unlink(missing_ok=True)
+
+        write_atomically(path, write)
+    return facts
+
+
+def _check(model: nn.Module, path: Path) -> None:
+    layers = swapped(model)
+    if not layers:
+        raise ValueError(
+            f"model: expected one that flacompile.convert converted, got {type(model).__name__}"
+        )
+    kept = model.config.num_hidden_layers - len(layers)
+    if kept:
+        raise ValueError(
+            f"model: expected every attention converted, got {kept} softmax layers kept; their "
+            "caches grow and are not exported yet"
+        )
+    if path.suffix != ".pt2":
+        raise ValueError(f"path: expected a name that ends in .pt2, got {path.name}")
+
+
+def _gate(model: nn.Module, package: Path, lengths: Sequence[int]) -> dict[str, float]:
+    """Compares the package with the model by value; raises ValueError at the first difference."""
+    prefill = torch._inductor.aoti_load_package(str(package), model_name="prefill")
+    decode = torch._inductor.aoti_load_package(str(package), model_name="decode")
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    errors = {"prefill": 0.0, "decode": 0.0}
+    for batch, time in [(1 + i % 2, t) for i, t in enumerate(lengths)]:
+        vocabulary = model.config.vocab_size
+        ids = torch.randint(vocabulary, (batch, time + 1), generator=generator).to(device)
+        want = Prefill(model)(ids[:, :-1].contiguous())
+        got = prefill(ids[:, :-1].contiguous())
+        token = ids[:, -1:].contiguous()
+        pairs = {"prefill": (got, want), "decode": (decode(token, got[1]), Decode(model)(token, want[1]))}
+        for name, (a, b) in pairs.items():
+            error = _relative_error(a, b)
+            errors[name] = max(errors[name], error)
+            if not error <= TOLERANCE:
+                raise ValueError(
+                    f"package: expected the model's values within {TOLERANCE}, got a relative error "
+                    f"of {error:.3g} in {name} at batch {batch}, {time} tokens; nothing was written"
+                )
+    return errors
+
+
+def _relative_error(got: Any, want: Any) -> float:
+    """The largest over all tensors."""
+    pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True)
+    return max(
+        ((a.float() - b.float()).norm() / (b.float().norm() + 1e-12)).item() for a, b in pairs
+    )

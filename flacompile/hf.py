@@ -1,0 +1,189 @@
+"""All that knows transformers: how its models call attention, its cache, saving and loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from flacompile.layers import MIXERS
+from flacompile.passes.sites import AttentionSite
+from flacompile.passes.swap_attention import Call, PlainConvention, SwappedAttention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RECIPE = "flacompile.json"  # beside the weights: what stands where
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Told by its config, so that transformers is not imported to ask."""
+    return hasattr(model, "config") and hasattr(model.config, "use_cache")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformersConvention(PlainConvention):
+    """Reads padding out of the attention mask and the state out of the cache.
+
+    Attributes:
+        layer: the attention's index in the cache.
+        padded: False where the caller knows that no token is padding and the mask can be ignored.
+    """
+
+    layer: int = 0
+    padded: bool = True
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        x = super().read(args, kwargs).x
+        cache = kwargs.get("past_key_values")
+        slot = None if cache is None else state_layer(cache, self.layer)
+        mask = kwargs.get("attention_mask") if self.padded else None
+        if mask is not None:
+            mask = real_tokens(mask, x, 0 if slot is None else slot.seen)
+        return Call(x, None if slot is None else slot.state, mask, slot)
+
+    def write(self, call: Call, y: Tensor, state: Any) -> Any:
+        if call.cache is not None:
+            call.cache.put(state, y.shape[1])
+        return super().write(call, y, state)
+
+
+def convention_of(model: nn.Module, site: AttentionSite) -> PlainConvention:
+    """How calls reach this site: transformers' way or plainly."""
+    plain = PlainConvention.of(site)
+    if not is_transformers(model):
+        return plain
+    index = model.get_submodule(site.path).layer_idx
+    return TransformersConvention(**dataclasses.asdict(plain), layer=index)  # type: ignore[arg-type]
+
+
+def real_tokens(mask: Tensor, x: Tensor, seen: int) -> Tensor:
+    """Which tokens of x [B, T, D] are not padding, [B, T].
+
+    In a causal mask [B or 1, 1, T, S], a sliding window included, exactly the real tokens see
+    themselves; token i stands at key ``seen + i``.
+    """
+    if mask.ndim == 2:
+        return mask[:, -x.shape[1] :].bool()
+    own = mask[:, 0].diagonal(seen, 1, 2)
+    own = own if own.dtype == torch.bool else own == 0
+    return own.expand(x.shape[0], -1)
+
+
+def state_layer(cache: Any, index: int) -> Any:
+    """The cache's slot for this layer, which becomes ours at its first use."""
+    from flacompile.hf_cache import StateLayer
+
+    while len(cache.layers) <= index:
+        cache.layers.append(StateLayer())
+    if not isinstance(cache.layers[index], StateLayer):
+        if cache.layers[index].get_seq_length():
+            raise ValueError(
+                f"past_key_values: expected an empty cache or one of this model, got keys of "
+                f"{cache.layers[index].get_seq_length()} tokens in layer {index}"
+            )
+        cache.layers[index] = StateLayer()
+    return cache.layers[index]
+
+
+def run_with_states(
+    model: nn.Module, ids: Tensor, position: Tensor, states: list[Any] | None
+) -> tuple[Tensor, list[Any]]:
+    """Runs a converted model from explicit states, for export.
+
+    Args:
+        ids: [B, T].
+        position: [B or 1, T], of each token.
+        states: one a layer, None to start.
+
+    Returns:
+        logits of the last token [B, vocabulary] and the states after it.
+    """
+    from transformers.cache_utils import Cache
+
+    from flacompile.hf_cache import StateLayer
+
+    count = model.config.num_hidden_layers  # type: ignore[union-attr]
+    slots = [StateLayer(None if states is None else states[i]) for i in range(count)]
+    output = model(
+        input_ids=ids,
+        position_ids=position.expand(ids.shape),
+        past_key_values=Cache(layers=slots),  # type: ignore[arg-type]
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1], [slot.state for slot in slots]
+
+
+@contextmanager
+def unpadded(model: nn.Module) -> Iterator[None]:
+    """Inside the block no token is padding: masks, quadratic in T, are not looked at."""
+    layers = [m for m in model.modules() if isinstance(m, SwappedAttention)]
+    before = [layer.convention for layer in layers]
+    for layer in layers:
+        if isinstance(layer.convention, TransformersConvention):
+            layer.convention = dataclasses.replace(layer.convention, padded=False)
+    try:
+        yield
+    finally:
+        for layer, convention in zip(layers, before, strict=True):
+            layer.convention = convention
+
+
+def save(model: PreTrainedModel, path: str | Path) -> None:
+    """Writes a converted model: transformers' own files, and what stands where.
+
+    The teacher is left out. ``load`` brings the model back.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, SwappedAttention)}
+    if not layers:
+        raise ValueError(f"model: expected a converted model, got {type(model).__name__}")
+    recipe: dict[str, Any] = {}
+    for name, layer in layers.items():
+        kind = next(k for k, cls in MIXERS.items() if type(layer.mixer) is cls)
+        config = dataclasses.asdict(layer.mixer.config)  # type: ignore[call-overload]
+        convention = dataclasses.asdict(layer.convention)  # type: ignore[call-overload]
+        recipe[name] = {"mixer": kind, "config": config, "convention": convention}
+    path = Path(path)
+    state = {k: v for k, v in model.state_dict().items() if ".original." not in k}
+    model.save_pretrained(path, state_dict=state)
+    partial = path / f".{RECIPE}.partial"
+    partial.write_text(json.dumps({"layers": recipe}, indent=1))
+    partial.rename(path / RECIPE)
+
+
+def load(path: str | Path) -> PreTrainedModel:
+    """Reads what ``save`` wrote, in the dtype it was saved in, without a teacher."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(path)
+    if not (path / RECIPE).is_file():
+        raise ValueError(f"path: expected a folder with {RECIPE}, got {path}")
+    recipe = json.loads((path / RECIPE).read_text())
+    config = AutoConfig.from_pretrained(path)
+    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    for name, entry in recipe["layers"].items():
+        cls = MIXERS[entry["mixer"]]
+        mixer = cls(cls.config_from_dict(entry["config"])).to(model.dtype)
+        convention = TransformersConvention(**entry["convention"])
+        model.set_submodule(name, SwappedAttention(mixer, None, convention), strict=True)
+    state: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        state.update(load_file(file))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied:
+        raise ValueError(
+            f"path: expected the weights of {RECIPE}, got missing {sorted(set(missing) - tied)[:3]} "
+            f"and unexpected {unexpected[:3]}"
+        )
+    return model.eval()
+

@@ -1,0 +1,21 @@
+"""Which of our CPU ops exporters open, and into what: a runtime without Python has no ops of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from flacompile.ops.linear_attn import decomposed as linear_attn
+
+
+def decomposition_table() -> dict[Any, Callable[..., Any]]:
+    """op overload -> the same function in a fixed number of aten operations, any T."""
+    return {torch.ops.flacompile.linear_attn_forward.default: linear_attn}
+
+
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """Opens every op of ours in an exported program; the other operations stay as they are."""
+    return program.run_decompositions(decomposition_table())
