@@ -20,11 +20,13 @@ class Call(NamedTuple):
         x: hidden states [B, T, D].
         state: the mixer's state, or None to start.
         mask: [B, T], True where the token is real, or None.
+        cache: where the convention will put the next state, its own affair.
     """
 
     x: Tensor
     state: Any = None
     mask: Tensor | None = None
+    cache: Any = None
 
 
 class Convention(Protocol):
@@ -33,6 +35,8 @@ class Convention(Protocol):
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call: ...
 
     def write(self, call: Call, y: Tensor, state: Any) -> Any: ...
+
+    def output(self, result: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class PlainConvention:
             return y
         return tuple(y if i == self.result_index else None for i in range(self.num_results))
 
+    def output(self, result: Any) -> Tensor:
+        """y out of what the attention returned: the inverse of ``write``."""
+        return result if self.num_results is None else result[self.result_index]
+
 
 class SwappedAttention(nn.Module):
     """Stands where the attention stood: y, state = mixer(x, state, mask=mask).
@@ -78,6 +86,7 @@ class SwappedAttention(nn.Module):
         self.original = original
         self.convention = convention
         self.route: Route = "mixer"
+        self.trained: tuple[nn.Parameter, ...] = ()  # of the original, before it was frozen
 
     # The attention's callers decide these arguments, so this signature is open.
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +97,9 @@ class SwappedAttention(nn.Module):
         call = self.convention.read(args, kwargs)
         if self.route == "zero":
             return self.convention.write(call, torch.zeros_like(call.x), call.state)
+        if call.state is not None and call.mask is None and call.x.shape[1] == 1:
+            y, state = self.mixer.step(call.x[:, 0], call.state)
+            return self.convention.write(call, y[:, None], state)
         y, state = self.mixer(call.x, call.state, mask=call.mask)
         return self.convention.write(call, y, state)
 
@@ -110,15 +122,18 @@ def swap_attention(
         raise ValueError(f"site.path must name an attention, got {site.path}, already swapped")
     swapped = SwappedAttention(mixer, original, convention or PlainConvention.of(site))
     swapped.train(original.training)
+    swapped.trained = tuple(p for p in original.parameters() if p.requires_grad)
     original.requires_grad_(False)
     model.set_submodule(site.path, swapped, strict=True)
     return swapped
 
 
 def restore_attention(model: nn.Module, site: AttentionSite) -> nn.Module:
-    """Puts the original back where swap_attention took it, and returns it, trainable."""
+    """Puts the original back where swap_attention took it, unfrozen as it was, and returns it."""
     swapped = model.get_submodule(site.path)
     if not isinstance(swapped, SwappedAttention) or swapped.original is None:
-        raise ValueError(f"site.path must name a swapped attention with its original, got {swapped}")
-    model.set_submodule(site.path, swapped.original.requires_grad_(True), strict=True)
+        raise ValueError(f"site.path must name a swap that kept its original, got {swapped}")
+    for parameter in swapped.trained:
+        parameter.requires_grad_(True)
+    model.set_submodule(site.path, swapped.original, strict=True)
     return swapped.original
