@@ -1,0 +1,194 @@
+"""Find softmax attention in a model that somebody else wrote, and prove what it computes.
+
+The model is captured by non-strict torch.export. Every scaled_dot_product_attention node is walked
+back to its projections; what stands between is linear, so rotary embedding, head order and groups
+are read off by probing. An attention is a site only if, rebuilt from the weights that were found,
+it gives the model's queries, keys, values and output; anything else is rejected with a reason.
+
+Left out: graph modules as input, ALiBi, soft-capped scores, norms other than RMSNorm, low-rank
+projections.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from .capture import (
+    ModuleCall,
+    Values,
+    capture,
+    default_ids,
+    evaluate,
+    evaluating,
+    known_inputs,
+    record_calls,
+    record_values,
+    switch_to_sdpa,
+    with_sdpa,
+    without_cache,
+)
+from .heads import projection_of, read_heads
+from .masks import allowed, window_of
+from .sites import (
+    AttentionSite,
+    AttentionWeights,
+    Findings,
+    NormSite,
+    Projection,
+    Rejected,
+    RotarySite,
+    describe,
+)
+from .structure import AttentionArgs, Draft, draft_of, find_hidden_states, find_result
+from .verify import prove
+from .walk import NotProvable, attention_nodes, module_stack, softmax_nodes
+
+__all__ = [
+    "AttentionSite", "AttentionWeights", "Findings", "NormSite", "Projection", "Rejected",
+    "RotarySite", "describe", "find_attention", "switch_to_sdpa",
+]  # fmt: skip
+
+_BATCH, _TIME = 2, 16
+_LONGEST_WINDOW = 4096  # a mask of that size squared is evaluated
+
+
+def find_attention(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] = (),
+    example_kwargs: dict[str, Any] | None = None,
+) -> Findings:
+    """All attentions of a model: the proved ones as sites, the others with a reason.
+
+    The model is run in evaluation mode and left as it was. Masks are judged by value, so an
+    example shows a sliding window only if it is longer than the window. For a model whose
+    config has `sliding_window`, the masks alone are computed again on longer token ids
+    (window + 2, for windows up to 4096); in any other model give an example that is long enough.
+
+    Args:
+        example_inputs: positional inputs of one forward call; none: ids [2, 16] for a model
+            that has config.vocab_size. Sequences of full length, without padding.
+        example_kwargs: keyword inputs of that call; use_cache=False is added where it is known.
+    """
+    if not example_inputs and not example_kwargs:
+        example_inputs = (default_ids(model, _BATCH, _TIME),)
+    kwargs = without_cache(model, example_kwargs or {})
+    with evaluating(model):
+        with with_sdpa(model) as note:
+            gm = capture(model, example_inputs, kwargs)
+            masks = _LongMasks(model, gm)
+        drafts, rejected = _drafts(gm, model)
+        calls = record_calls(model, {d.path for d in drafts.values()}, example_inputs, kwargs)
+        wanted = {node for draft in drafts.values() for node in draft.wanted()}
+        values = record_values(gm, wanted, example_inputs, kwargs)
+        sites: list[AttentionSite] = []
+        for index, draft in drafts.items():
+            try:
+                sites.append(_site(draft, model, values, calls, masks.window(index, draft, values)))
+            except NotProvable as reason:
+                rejected.append(Rejected(draft.path, str(reason)))
+    return Findings(tuple(sites), tuple(rejected), gm, (note,) if note else ())
+
+
+def _drafts(gm: GraphModule, model: nn.Module) -> tuple[dict[int, Draft], list[Rejected]]:
+    """Attentions that the graph's structure allows, by their number, and the other ones."""
+    drafts: dict[int, Draft] = {}
+    rejected = [
+        Rejected(
+            (module_stack(node) or [""])[-1],
+            "attention is written out as a softmax; use scaled_dot_product_attention",
+        )
+        for node in softmax_nodes(gm)
+    ]
+    cap = getattr(getattr(model, "config", None), "attn_logit_softcapping", None)
+    for index, node in enumerate(attention_nodes(gm)):
+        try:
+            if cap is not None:
+                raise NotProvable(f"scores are soft-capped at {cap}")
+            drafts[index] = draft_of(node, model)
+        except NotProvable as reason:
+            rejected.append(Rejected((module_stack(node) or [""])[-1], str(reason)))
+    for path, count in Counter(draft.path for draft in drafts.values()).items():
+        if count > 1:
+            drafts = {i: d for i, d in drafts.items() if d.path != path}
+            rejected.append(Rejected(path, f"the module attends {count} times in one forward"))
+    return drafts, rejected
+
+
+class _LongMasks:
+    """Masks on token ids longer than config.sliding_window, where that can be checked."""
+
+    def __init__(self, model: nn.Module, gm: GraphModule):
+        self.declared = getattr(getattr(model, "config", None), "sliding_window", None)
+        times = [AttentionArgs.of(n).query.meta["val"].shape[-2] for n in attention_nodes(gm)]
+        self.needed = bool(self.declared and times and max(times) <= self.declared)
+        self.values: Values = {}
+        self.nodes: list[Node] = []
+        if self.needed and self.declared <= _LONGEST_WINDOW:
+            inputs = (default_ids(model, 1, self.declared + 2),)
+            kwargs = without_cache(model, {})
+            long = capture(model, inputs, kwargs)
+            self.values, self.nodes = known_inputs(long, inputs, kwargs), attention_nodes(long)
+
+    def window(self, index: int, draft: Draft, values: Values) -> int | None:
+        """Window of attention number `index`, from the longest mask there is."""
+        if not self.needed:
+            return _window(draft.args, values)
+        if self.declared > _LONGEST_WINDOW:
+            raise NotProvable(f"sliding_window={self.declared} is too long to be checked")
+        _window(draft.args, values)
+        return _window(AttentionArgs.of(self.nodes[index]), self.values)
+
+
+def _window(args: AttentionArgs, values: Values) -> int | None:
+    mask = None if args.attn_mask is None else evaluate(args.attn_mask, values, {})
+    time, keys = (node.meta["val"].shape[-2] for node in (args.query, args.key))
+    return window_of(allowed(mask, args.is_causal, time, keys))
+
+
+def _site(
+    draft: Draft,
+    model: nn.Module,
+    values: Values,
+    calls: dict[str, ModuleCall],
+    window: int | None,
+) -> AttentionSite:
+    """The site of a draft; raises NotProvable where a value contradicts it."""
+    call = calls.get(draft.path)
+    if call is None:
+        raise NotProvable("the module is not called as a module")
+    x, y = values[draft.x], values[draft.o.node]
+    x_arg = find_hidden_states(call.args, call.kwargs, x)
+    num_results, result_index = find_result(call.result, y)
+    heads = read_heads(draft, model, values)
+    site = AttentionSite(
+        path=draft.path,
+        owner=type(model.get_submodule(draft.path)).__name__,
+        q=heads.q,
+        k=heads.k,
+        v=heads.v,
+        o=projection_of(draft.o, None),
+        num_heads=heads.num_heads,
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        hidden_size=x.shape[-1],
+        scale=heads.scale,
+        rotary=heads.rotary,
+        q_norm=heads.q_norm,
+        k_norm=heads.k_norm,
+        window=window,
+        x_arg=x_arg,
+        num_results=num_results,
+        result_index=result_index,
+    )
+    seen = {
+        "queries": (values[draft.q.end], heads.q_gain),
+        "keys": (values[draft.k.end], heads.k_gain),
+        "values": (values[draft.v.end], 1.0),
+        "output": (y, 1.0),
+    }
+    prove(site, model, x, seen)
+    return site

@@ -1,0 +1,153 @@
+"""First look at one attention: which nodes, which parameters, which module owns them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from .norms import NormMatch, match_norm
+from .verify import agrees
+from .walk import (
+    Branch,
+    NotProvable,
+    ProjectionNode,
+    check_linear,
+    module_stack,
+    origin,
+    walk_back,
+    walk_forward,
+)
+
+
+@dataclass(frozen=True)
+class AttentionArgs:
+    """Arguments of scaled_dot_product_attention by name."""
+
+    query: Node
+    key: Node
+    value: Node
+    attn_mask: Node | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    @classmethod
+    def of(cls, node: Node) -> AttentionArgs:
+        """Reads a node of aten.scaled_dot_product_attention."""
+        return cls(*node.args, **node.kwargs)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One attention as the graph's structure tells it; values still have to prove it."""
+
+    path: str
+    args: AttentionArgs
+    q: Branch
+    k: Branch
+    v: Branch
+    norms: dict[str, NormMatch | None]
+    o: ProjectionNode
+    x: Node
+
+    def wanted(self) -> set[Node]:
+        """Nodes whose values the proof needs."""
+        nodes = {self.x, self.o.node, self.q.end, self.k.end, self.v.end}
+        if self.args.attn_mask is not None:
+            nodes.add(self.args.attn_mask)
+        return nodes.union(self.q.constants, self.k.constants, self.v.constants)
+
+
+def draft_of(attention: Node, model: nn.Module) -> Draft:
+    """Walks from an attention node both ways; raises NotProvable with the reason."""
+    args = AttentionArgs.of(attention)
+    if args.dropout_p:
+        raise NotProvable(f"dropout {args.dropout_p:g} is active")
+    branches = [
+        walk_back(name, end)
+        for name, end in (("queries", args.query), ("keys", args.key), ("values", args.value))
+    ]
+    norms = {branch.name: match_norm(branch) for branch in branches}
+    for branch in branches:
+        norm = norms[branch.name]
+        check_linear(branch, norm.inside if norm else frozenset())
+    if norms["values"]:
+        raise NotProvable("the values have a norm")
+    o = walk_forward(attention)
+    q, k, v = branches
+    path = owner_path([attention, *(b.projection.node for b in branches), o.node])
+    x = _hidden_states([q, k, v], path)
+    draft = Draft(path, args, q, k, v, norms, o, x)
+    check_owner(draft, model)
+    return draft
+
+
+def owner_path(nodes: list[Node]) -> str:
+    """The innermost module that all nodes ran in; "" is the model itself."""
+    stacks = [module_stack(node) for node in nodes]
+    common = [step[0] for step in zip(*stacks, strict=False) if len(set(step)) == 1]
+    return common[-1] if common else ""
+
+
+def _hidden_states(branches: list[Branch], path: str) -> Node:
+    sources = [origin(branch.projection.x) for branch in branches]
+    for branch, source in zip(branches, sources, strict=True):
+        if source is sources[0]:
+            continue
+        if path and any(path in module_stack(n) for n in (source, sources[0])):
+            raise NotProvable(f"{branch.name} and queries are not projections of the same tensor")
+        raise NotProvable(f"cross-attention: {branch.name} come from another input than queries")
+    return sources[0]
+
+
+def check_owner(draft: Draft, model: nn.Module) -> None:
+    """The owner holds the attention's parameters and no others."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    projections = [draft.q.projection, draft.k.projection, draft.v.projection, draft.o]
+    names = [name for p in projections for name in (p.weight, p.bias) if name]
+    names += [norm.fqn for norm in draft.norms.values() if norm and norm.fqn]
+    for name in names:
+        if name not in parameters:
+            raise NotProvable(f"the weight {name} is not a parameter of the model")
+    used = {id(parameters[name]) for name in names}
+    owner = model.get_submodule(draft.path)
+    others = [n for n, p in owner.named_parameters() if id(p) not in used]
+    if draft.path and not others:
+        return
+    where = f"{type(owner).__name__} ({draft.path or 'the model itself'})"
+    held = ", ".join(dict.fromkeys(n.rsplit(".", 1)[0] for n in others)) or "the rest"
+    raise NotProvable(
+        f"attention is inline in {where}, which also holds {held}; move it into a module of its own"
+    )
+
+
+def find_hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> int | str:
+    """Where x stands in a module's call."""
+    for key, value in [*enumerate(args), *kwargs.items()]:
+        if isinstance(value, Tensor) and agrees(value, x, x.dtype):
+            return key
+    raise NotProvable("what is projected is not an argument of the module as it is")
+
+
+def find_result(result: Any, y: Tensor) -> tuple[int | None, int]:
+    """(None, 0) where the module returns y, else (length, index) of the tuple it stands in."""
+
+    def is_y(value: Any) -> bool:
+        same = isinstance(value, Tensor) and value.numel() == y.numel()
+        return same and agrees(value, y.reshape(value.shape), y.dtype)
+
+    if is_y(result):
+        return None, 0
+    if not isinstance(result, tuple):
+        raise NotProvable(f"the module's result ({type(result).__name__}) is not the attention's")
+    places = [i for i, value in enumerate(result) if is_y(value)]
+    if not places:
+        raise NotProvable("the module returns a tuple without the attention's output projection")
+    extra = [i for i, value in enumerate(result) if i != places[0] and value is not None]
+    if extra:
+        raise NotProvable(f"the module also returns something at index {extra[0]} of its tuple")
+    return len(result), places[0]
