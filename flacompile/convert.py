@@ -26,6 +26,7 @@ from flacompile.passes.verify import rebuild
 
 EXAMPLE = (4, 128)  # rows and tokens of random ids, where the user gives no example
 
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """One converted attention.
@@ -71,7 +72,7 @@ def convert(
     mixer: str | Mixer.Config = "gla",
     *,
     keep: float | Sequence[int] = (),
-    init: Literal["neutral", "calibrated"] = "neutral",
+    init: Literal["neutral", "calibrated"] = "calibrated",
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     calibration: Iterable[Tensor] | None = None,
 ) -> nn.Module:
@@ -240,4 +241,3 @@ def _kept(keep: float | Sequence[int], count: int) -> set[int]:
     if wrong:
         raise ValueError(f"keep: expected indices of {count} attentions, got {wrong}")
     return {i % count for i in keep}
-

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.package import package_aoti
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-import flacompile
-from flacompile import hf
+from flacompile import __version__, hf
 from flacompile.convert import routed, swapped
-from flacompile.distill.checkpoint import write_atomically
+from flacompile.files import write_atomically
 from flacompile.ops.chunked import CHUNK
 from flacompile.ops.prefix import FANOUT
 from flacompile.passes.decompose import decompose
@@ -36,26 +36,32 @@ TOLERANCE = 1e-4  # relative, fp32
 
 
 class Prefill(nn.Module):
-    """ids [B, T] -> (logits [B, vocabulary], the state of every layer)."""
+    """ids [B, T] -> (logits [B, vocabulary], every tensor of the states)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, list[Any]]:
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
         position = torch.arange(ids.shape[1], device=ids.device)[None]
-        return hf.run_with_states(self.model, ids, position, None)
+        logits, states = hf.run_with_states(self.model, ids, position, None)
+        return logits, *pytree.tree_leaves(states)
 
 
 class Decode(nn.Module):
-    """token [B, 1] and states -> (logits [B, vocabulary], states)."""
+    """(token [B, 1], every tensor of the states) -> (logits [B, vocabulary], the next ones)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        empty = [layer.mixer.init_state(1) for layer in swapped(model).values()]
+        self.layout = pytree.tree_structure(empty)
 
-    def forward(self, token: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
-        return hf.run_with_states(self.model, token, states[0].position[:, None], states)
+    def forward(self, token: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states = pytree.tree_unflatten(list(leaves), self.layout)
+        position = states[0].position[:, None]
+        logits, states = hf.run_with_states(self.model, token, position, states)
+        return logits, *pytree.tree_leaves(states)
 
 
 def export(
@@ -88,18 +94,21 @@ def export(
                 Prefill(model), (ids,), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
             )
         )
-        _, states = Prefill(model)(ids[:, :3])
-        states = pytree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), states)
+        states = tuple(x.contiguous() for x in Prefill(model)(ids[:, :3])[1:])
         token = torch.ones(2, 1, dtype=torch.long, device=device)
-        batch = pytree.tree_map(lambda x: {0: Dim.DYNAMIC}, states)
+        batch = tuple({0: Dim.DYNAMIC} for _ in states)
         decode = decompose(
             torch.export.export(
                 Decode(model), (token, states), dynamic_shapes=({0: Dim.DYNAMIC}, batch)
             )
         )
-        leaves = [[1, *x.shape[1:]] for x in pytree.tree_leaves(states)]
+        leaves = [[1, *x.shape[1:]] for x in states]
         facts = {"state_shapes": leaves, "device": device.type, "torch": torch.__version__}
-        metadata = {"flacompile": flacompile.__version__, "facts": json.dumps(facts)}
+        metadata = {
+            "flacompile": __version__,
+            "vocabulary": str(model.config.vocab_size),
+            "facts": json.dumps(facts),
+        }
         programs = {"prefill": prefill, "decode": decode}
         files = {
             name: torch._inductor.aot_compile(
@@ -113,7 +122,7 @@ def export(
         def write(temporary: Path) -> None:
             package = temporary.with_suffix(".pt2")  # the packager insists on the suffix
             try:
-                torch._inductor.package.package_aoti(str(package), files)
+                package_aoti(str(package), files)
                 facts["errors"] = _gate(model, package, lengths)
                 package.rename(temporary)
             finally:
@@ -152,21 +161,22 @@ def _gate(model: nn.Module, package: Path, lengths: Sequence[int]) -> dict[str, 
         want = Prefill(model)(ids[:, :-1].contiguous())
         got = prefill(ids[:, :-1].contiguous())
         token = ids[:, -1:].contiguous()
-        pairs = {"prefill": (got, want), "decode": (decode(token, got[1]), Decode(model)(token, want[1]))}
+        pairs = {
+            "prefill": (got, want),
+            "decode": (decode(token, tuple(got[1:])), Decode(model)(token, want[1:])),
+        }
         for name, (a, b) in pairs.items():
             error = _relative_error(a, b)
             errors[name] = max(errors[name], error)
             if not error <= TOLERANCE:
                 raise ValueError(
-                    f"package: expected the model's values within {TOLERANCE}, got a relative error "
-                    f"of {error:.3g} in {name} at batch {batch}, {time} tokens; nothing was written"
+                    f"package: expected the model's values within {TOLERANCE}, got a relative "
+                    f"error of {error:.3g} in {name} at batch {batch}, {time} tokens; nothing was written"
                 )
     return errors
 
 
-def _relative_error(got: Any, want: Any) -> float:
+def _relative_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """The largest over all tensors."""
-    pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True)
-    return max(
-        ((a.float() - b.float()).norm() / (b.float().norm() + 1e-12)).item() for a, b in pairs
-    )
+    pairs = [(a.float(), b.float()) for a, b in zip(got, want, strict=True)]
+    return max(((a - b).norm() / (b.norm() + 1e-12)).item() for a, b in pairs)

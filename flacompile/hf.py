@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flacompile.files import write_atomically
 from flacompile.layers import MIXERS
 from flacompile.passes.sites import AttentionSite
 from flacompile.passes.swap_attention import Call, PlainConvention, SwappedAttention
@@ -153,9 +154,8 @@ def save(model: PreTrainedModel, path: str | Path) -> None:
     path = Path(path)
     state = {k: v for k, v in model.state_dict().items() if ".original." not in k}
     model.save_pretrained(path, state_dict=state)
-    partial = path / f".{RECIPE}.partial"
-    partial.write_text(json.dumps({"layers": recipe}, indent=1))
-    partial.rename(path / RECIPE)
+    text = json.dumps({"layers": recipe}, indent=1)
+    write_atomically(path / RECIPE, lambda partial: partial.write_text(text))
 
 
 def load(path: str | Path) -> PreTrainedModel:
@@ -182,8 +182,7 @@ def load(path: str | Path) -> PreTrainedModel:
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:
         raise ValueError(
-            f"path: expected the weights of {RECIPE}, got missing {sorted(set(missing) - tied)[:3]} "
-            f"and unexpected {unexpected[:3]}"
+            f"path: expected the weights of {RECIPE}, got missing "
+            f"{sorted(set(missing) - tied)[:3]} and unexpected {unexpected[:3]}"
         )
     return model.eval()
-

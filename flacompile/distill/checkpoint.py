@@ -1,21 +1,14 @@
-"""Files that are whole or not there: written under another name, then renamed."""
+"""What a distillation writes as it goes: its checkpoint, whole or not there, and its log."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Calls ``write(temporary_path)``, then renames the file over ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    os.replace(temporary, path)
+from flacompile.files import write_atomically
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -65,9 +65,7 @@ def batch(tokens: Tensor, step: int, batch_size: int, sequence_length: int, seed
     Rows start at random places, so the stream has no epochs to remember.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    starts = torch.randint(
-        0, len(tokens) - sequence_length + 1, (batch_size,), generator=generator
-    )
+    starts = torch.randint(0, len(tokens) - sequence_length + 1, (batch_size,), generator=generator)
     return tokens[starts[:, None] + torch.arange(sequence_length)]
 
 

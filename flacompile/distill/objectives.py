@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flacompile.convert import routed, swapped
-from flacompile.passes.capture import record_calls
+from flacompile.passes.capture import record_calls, without_cache
 
 ROWS = 1024  # positions whose logits over the vocabulary are held at once
 
@@ -50,7 +50,7 @@ def attention_io(body: nn.Module, ids: Tensor) -> dict[str, tuple[Tensor, Tensor
     """Input and output [B, T, D] of every swapped attention in one pass of the teacher."""
     layers = swapped(body)
     with torch.no_grad(), routed(body, "original"):
-        calls = record_calls(body, set(layers), (ids,), {})
+        calls = record_calls(body, set(layers), (ids,), without_cache(body, {}))
     io = {}
     for path, layer in layers.items():
         x = layer.convention.read(calls[path].args, calls[path].kwargs).x

@@ -6,8 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flacompile.distill.checkpoint import read_json_lines, write_atomically
+from flacompile.distill.checkpoint import read_json_lines
 from flacompile.distill.metrics import Metrics
+from flacompile.files import write_atomically
 
 
 def plot_losses(log: Path, picture: Path) -> None:
@@ -28,7 +29,10 @@ def plot_losses(log: Path, picture: Path) -> None:
 
 def table(metrics: Metrics) -> str:
     """The four scores and the share closed, as Markdown."""
-    rows = ["| model | nll | perplexity | KL to teacher | top-1 agreement |", "|---|---|---|---|---|"]
+    rows = [
+        "| model | nll | perplexity | KL to teacher | top-1 agreement |",
+        "|---|---|---|---|---|",
+    ]
     names = {
         "teacher": "teacher (softmax)",
         "zero": "mixers output zero (floor)",

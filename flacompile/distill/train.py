@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from flacompile.distill import checkpoint, data
 from flacompile.distill.recipe import Recipe, Stage
@@ -113,6 +112,8 @@ def fit(
         tokens: the training stream, [n].
         objective: takes rows [B, T], leaves gradients, returns the loss.
     """
+    from tqdm.auto import tqdm
+
     device = next(model.parameters()).device
     total = run.steps.setdefault(run.stage, stage.steps)
     began, first, size = time.perf_counter(), run.step, recipe.batch_size * recipe.sequence_length

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 class AttentionState(NamedTuple):
-    """Keys (after rotary) and values [N, S, H_kv, K], which of them are real [N, S], tokens seen [N].
+    """Keys after rotary and values [N, S, H_kv, K], which of them are real, and the tokens seen.
 
-    S grows with every call.
+    valid [N, S] bool; position [N] int64. S grows with every call, up to the window if any.
     """
 
     k: Tensor
@@ -135,9 +135,8 @@ class Attention(QKVMixer):
             kept = [torch.cat(pair, 1) for pair in zip(state[:3], kept, strict=True)]
         if self.config.window_size is not None:
             last = kept[2].int().argsort(1, stable=True)[:, -self.config.window_size :]
-            kept = [
-                x.take_along_dim(last.reshape(*last.shape, *[1] * (x.ndim - 2)), 1) for x in kept
-            ]
+            rows = torch.arange(num_sequences, device=k.device)[:, None]
+            kept = [x[rows, last] for x in kept]
         return AttentionState(*kept, tokens.end)
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> AttentionState:

@@ -71,7 +71,7 @@ class Tokens(NamedTuple):
 
 
 class Mixer(nn.Module):
-    """(x, state) -> (y, state). Subclasses define Config, ``sequence``, ``step`` and their state."""
+    """(x, state) -> (y, state). Subclasses define Config, State, ``sequence`` and ``step``."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class LinearAttention(QKVMixer, RecurrentMixer):
     @dataclass(frozen=True, kw_only=True)
     class Config(QKVMixer.Config):
-        """norm_q, norm_k: divide φ by its sum; do_feature_map_norm: divide o by its weights' sum."""
+        """norm_q, norm_k: φ divided by its sum; do_feature_map_norm: o by its weights' sum."""
 
         expand_k: float = 1.0
         expand_v: float = 1.0
