@@ -35,7 +35,7 @@ def variants():
 
 
 def source(decay, dtype, K, V, reverse):
-    """The kernel with the types and constants of one launch; packed, and fp32 out, where time runs backwards."""
+    """The kernel with the types and constants of one launch; reverse is also packed, fp32 out."""
     given = decay.split()
     diagonal = "gk" in given or "gv" in given
     meta = linear_attn.tiles(K, V, diagonal, dtype == "fp32")
