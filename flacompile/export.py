@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.package import package_aoti
+from torch._inductor.package import load_package, package_aoti
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
@@ -150,8 +150,8 @@ def _check(model: nn.Module, path: Path) -> None:
 
 def _gate(model: nn.Module, package: Path, lengths: Sequence[int]) -> dict[str, float]:
     """Compares the package with the model by value; raises ValueError at the first difference."""
-    prefill = torch._inductor.aoti_load_package(str(package), model_name="prefill")
-    decode = torch._inductor.aoti_load_package(str(package), model_name="decode")
+    prefill = load_package(str(package), model_name="prefill")
+    decode = load_package(str(package), model_name="decode")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     errors = {"prefill": 0.0, "decode": 0.0}
@@ -171,7 +171,8 @@ def _gate(model: nn.Module, package: Path, lengths: Sequence[int]) -> dict[str, 
             if not error <= TOLERANCE:
                 raise ValueError(
                     f"package: expected the model's values within {TOLERANCE}, got a relative "
-                    f"error of {error:.3g} in {name} at batch {batch}, {time} tokens; nothing was written"
+                    f"error of {error:.3g} in {name} at batch {batch}, {time} tokens; nothing "
+                    "was written"
                 )
     return errors
 

@@ -124,7 +124,8 @@ def decomposed(
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens: expected None in an exported graph, got packed sequences")
     o, final = chunked(q, k, v, gk, gv, state, scale=scale)
-    return o.to(v.dtype), final
+    # A strided output would reach a package's next call, which reads it as if it were contiguous.
+    return o.to(v.dtype), final.clone(memory_format=torch.contiguous_format)
 
 
 def _sequence(

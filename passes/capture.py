@@ -44,7 +44,7 @@ def switch_to_sdpa(model: nn.Module) -> str | None:
     Only that form shows as one node in a graph; eager attention shows as a softmax.
     """
     current = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa")
-    if current in ("sdpa", None) or not hasattr(model, "set_attn_implementation"):
+    if current in ("sdpa", None) or not getattr(model, "_supports_sdpa", False):
         return None
     model.set_attn_implementation("sdpa")
     return f"switched from {current} to sdpa"

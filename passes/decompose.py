@@ -1,4 +1,4 @@
-"""Which of our CPU ops exporters open, and into what: a runtime without Python has no ops of ours."""
+"""What exporters open our CPU ops into: a runtime without Python has no ops of ours."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ projections.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -43,8 +44,15 @@ from .sites import (
     RotarySite,
     describe,
 )
-from .structure import AttentionArgs, Draft, draft_of, find_hidden_states, find_result
-from .verify import prove
+from .structure import (
+    AttentionArgs,
+    Draft,
+    check_owner,
+    draft_of,
+    find_hidden_states,
+    find_result,
+)
+from .verify import prove, rebuild
 from .walk import NotProvable, attention_nodes, module_stack, softmax_nodes
 
 __all__ = [
@@ -76,21 +84,37 @@ def find_attention(
     if not example_inputs and not example_kwargs:
         example_inputs = (default_ids(model, _BATCH, _TIME),)
     kwargs = without_cache(model, example_kwargs or {})
+    _check_rope(model)
     with evaluating(model):
         with with_sdpa(model) as note:
             gm = capture(model, example_inputs, kwargs)
             masks = _LongMasks(model, gm)
-        drafts, rejected = _drafts(gm, model)
-        calls = record_calls(model, {d.path for d in drafts.values()}, example_inputs, kwargs)
+            drafts, rejected = _drafts(gm, model)
+            paths = {draft.path for draft in drafts.values()}
+            calls = record_calls(model, paths, example_inputs, kwargs)
+        # What the model computes as it came, should the switch to sdpa change it.
+        own_calls = record_calls(model, paths, example_inputs, kwargs) if note else calls
         wanted = {node for draft in drafts.values() for node in draft.wanted()}
         values = record_values(gm, wanted, example_inputs, kwargs)
         sites: list[AttentionSite] = []
         for index, draft in drafts.items():
             try:
-                sites.append(_site(draft, model, values, calls, masks.window(index, draft, values)))
+                check_owner(draft, model)
+                window = masks.window(index, draft, values)
+                pair = (calls.get(draft.path), own_calls.get(draft.path))
+                sites.append(_site(draft, model, values, pair, window))
             except NotProvable as reason:
                 rejected.append(Rejected(draft.path, str(reason)))
     return Findings(tuple(sites), tuple(rejected), gm, (note,) if note else ())
+
+
+def _check_rope(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rope_type of {path} must keep its frequencies at all lengths, "
+                f"got {module.rope_type}"
+            )
 
 
 def _drafts(gm: GraphModule, model: nn.Module) -> tuple[dict[int, Draft], list[Rejected]]:
@@ -108,7 +132,7 @@ def _drafts(gm: GraphModule, model: nn.Module) -> tuple[dict[int, Draft], list[R
         try:
             if cap is not None:
                 raise NotProvable(f"scores are soft-capped at {cap}")
-            drafts[index] = draft_of(node, model)
+            drafts[index] = draft_of(node)
         except NotProvable as reason:
             rejected.append(Rejected((module_stack(node) or [""])[-1], str(reason)))
     for path, count in Counter(draft.path for draft in drafts.values()).items():
@@ -153,16 +177,14 @@ def _site(
     draft: Draft,
     model: nn.Module,
     values: Values,
-    calls: dict[str, ModuleCall],
+    calls: tuple[ModuleCall | None, ModuleCall | None],
     window: int | None,
 ) -> AttentionSite:
     """The site of a draft; raises NotProvable where a value contradicts it."""
-    call = calls.get(draft.path)
-    if call is None:
+    call, own_call = calls
+    if call is None or own_call is None:
         raise NotProvable("the module is not called as a module")
-    x, y = values[draft.x], values[draft.o.node]
-    x_arg = find_hidden_states(call.args, call.kwargs, x)
-    num_results, result_index = find_result(call.result, y)
+    x = values[draft.x]
     heads = read_heads(draft, model, values)
     site = AttentionSite(
         path=draft.path,
@@ -180,15 +202,11 @@ def _site(
         q_norm=heads.q_norm,
         k_norm=heads.k_norm,
         window=window,
-        x_arg=x_arg,
-        num_results=num_results,
-        result_index=result_index,
+        x_arg=find_hidden_states(call.args, call.kwargs, x),
     )
-    seen = {
-        "queries": (values[draft.q.end], heads.q_gain),
-        "keys": (values[draft.k.end], heads.k_gain),
-        "values": (values[draft.v.end], 1.0),
-        "output": (y, 1.0),
-    }
-    prove(site, model, x, seen)
-    return site
+    rebuilt = rebuild(site, model, x)
+    seen = {branch.name: values[branch.end] for branch in (draft.q, draft.k, draft.v)}
+    prove(rebuilt, seen, {"queries": heads.q_gain, "keys": heads.k_gain})
+    find_result(own_call.result, rebuilt["output"], alone=False)
+    num_results, index = find_result(call.result, rebuilt["output"])
+    return replace(site, num_results=num_results, result_index=index)

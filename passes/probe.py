@@ -33,7 +33,7 @@ class Probe:
             known = {self.branch.projection.node: self.zero + column}
             if self.norm is not None:
                 start = evaluate(self.norm.start, self.constants, known)
-                known = {self.norm.end: start.to(self.norm.end.meta["val"].dtype)}
+                known[self.norm.end] = start.to(self.norm.end.meta["val"].dtype)
             return evaluate(self.branch.end, self.constants, known)
 
         out = torch.func.vmap(one)(columns.to(self.zero))

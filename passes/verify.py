@@ -73,18 +73,17 @@ def rebuild(site: AttentionSite, model: nn.Module, x: Tensor) -> dict[str, Tenso
 
 
 def prove(
-    site: AttentionSite, model: nn.Module, x: Tensor, seen: Mapping[str, tuple[Tensor, float]]
+    rebuilt: Mapping[str, Tensor], seen: Mapping[str, Tensor], gains: Mapping[str, float]
 ) -> None:
-    """Rebuilt queries, keys, values and output against what the model computed from x.
+    """Rebuilt queries, keys and values against what the model computed from the same x.
 
     Args:
-        seen: the model's tensors and the gain by which they differ from the site's (the site
-            keeps such factors in `scale`).
+        gains: by how much the model's tensors differ from the site's, which keeps such factors
+            in its `scale`.
     """
-    rebuilt = rebuild(site, model, x)
-    for name, (tensor, gain) in seen.items():
-        ours = rebuilt[name] * gain
-        if ours.dim() == 4 and ours.shape[1] != tensor.shape[1]:
+    for name, tensor in seen.items():
+        ours = rebuilt[name] * gains.get(name, 1.0)
+        if ours.shape[1] != tensor.shape[1]:
             ours = ours.repeat_interleave(tensor.shape[1] // ours.shape[1], 1)
-        if not agrees(ours, tensor.reshape(ours.shape), tensor.dtype):
+        if not agrees(ours, tensor, tensor.dtype):
             raise NotProvable(f"{name} rebuilt from the weights found differ from the model's")

@@ -20,7 +20,7 @@ from flacompile.layers.qkv import QKVMixer
 from flacompile.ops.validate import check_shape, expect
 
 if TYPE_CHECKING:
-    from flacompile.passes.find_attention import AttentionSite
+    from flacompile.passes.sites import AttentionSite
 
 
 class AttentionState(NamedTuple):

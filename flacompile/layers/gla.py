@@ -20,7 +20,7 @@ from flacompile.layers.qkv import QKVMixer
 from flacompile.ops.validate import expect
 
 if TYPE_CHECKING:
-    from flacompile.passes.find_attention import AttentionSite, AttentionWeights
+    from flacompile.passes.sites import AttentionSite, AttentionWeights
 
 
 class DecayedAttention(QKVMixer, RecurrentMixer):

@@ -17,7 +17,7 @@ from flacompile.layers.base import Mixer, Tokens
 from flacompile.ops.validate import check_shape, expect
 
 if TYPE_CHECKING:
-    from flacompile.passes.find_attention import AttentionSite, AttentionWeights, NormSite
+    from flacompile.passes.sites import AttentionSite, AttentionWeights, NormSite
 
 
 class QKVMixer(Mixer):
@@ -140,8 +140,10 @@ class QKVMixer(Mixer):
             elif proj.bias is not None:
                 proj.bias.zero_()
         if self.qk_norm is not None:
-            _copy("q_norm", self.q_norm.weight, weights.q_norm)
-            _copy("k_norm", self.k_norm.weight, weights.k_norm)
+            for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
+                norm.weight.fill_(1 - norm.offset)  # that of a norm without weight
+                if (weight := getattr(weights, name)) is not None:
+                    _copy(name, norm.weight, weight)
 
     @torch.no_grad()
     def scale_heads(self, scale: Tensor) -> None:

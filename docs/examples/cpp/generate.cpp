@@ -31,14 +31,15 @@ int run(int argc, char** argv) {
   // The package's code does not check what it is given: int64, contiguous, [1, T].
   auto prompt = at::empty({1, static_cast<int64_t>(ids.size())}, at::kLong);
   std::copy(ids.begin(), ids.end(), prompt.data_ptr<int64_t>());
-  auto start = Clock::now();
-  auto outputs = prefill.run({prompt});  // logits [1, vocabulary], then the states
-  const int64_t vocabulary = outputs[0].size(1);
+  const int64_t vocabulary = std::stoll(prefill.get_metadata().at("vocabulary"));
   for (int64_t id : ids)
     if (id < 0 || id >= vocabulary) {
       std::cerr << "token id: expected 0 to " << vocabulary - 1 << ", got " << id << "\n";
       return 2;
     }
+
+  auto start = Clock::now();
+  auto outputs = prefill.run({prompt});  // logits [1, vocabulary], then the states
   std::cerr << "prefill " << ids.size() / seconds_since(start) << " tokens/s\n";
 
   start = Clock::now();
