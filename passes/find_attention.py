@@ -99,8 +99,8 @@ def find_attention(
         sites: list[AttentionSite] = []
         for index, draft in drafts.items():
             try:
-                check_owner(draft, model)
                 window = masks.window(index, draft, values)
+                check_owner(draft, model)
                 pair = (calls.get(draft.path), own_calls.get(draft.path))
                 sites.append(_site(draft, model, values, pair, window))
             except NotProvable as reason:
