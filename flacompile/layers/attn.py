@@ -134,7 +134,7 @@ class Attention(QKVMixer):
         if state is not None:
             kept = [torch.cat(pair, 1) for pair in zip(state[:3], kept, strict=True)]
         if self.config.window_size is not None:
-            last = kept[2].int().argsort(1, stable=True)[:, -self.config.window_size :]
+            last = kept[2].int().argsort(dim=1, stable=True)[:, -self.config.window_size :]
             rows = torch.arange(num_sequences, device=k.device)[:, None]
             kept = [x[rows, last] for x in kept]
         return AttentionState(*kept, tokens.end)

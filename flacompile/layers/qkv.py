@@ -69,6 +69,8 @@ class QKVMixer(Mixer):
         if self.qk_norm is not None:
             self.q_norm = self.qk_norm.module(heads, key_dim)
             self.k_norm = self.qk_norm.module(kv_heads, key_dim)
+        turned = 0 if rotary is None else 2 * len(rotary.inv_freq)
+        expect(turned <= key_dim, "rotary", f"at most {key_dim} channels of a head", turned)
         self.rotary = None if rotary is None else Rotary(rotary)
         self.convolutions: tuple[str, ...] = ()
 

@@ -1,0 +1,432 @@
+"""Every mixer of the registry, in every variant of its config, against the same demands."""
+
+import dataclasses
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from textbook import TEXTBOOK, rotate
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from flacompile.blocks import QKNorm, Rotary
+from flacompile.layers import MIXERS, cu_seqlens_from_mask, pad, unpad
+
+WIDTH = 48
+HALVES = Rotary.Config.from_theta(100.0, 6)
+PAIRS = Rotary.Config(inv_freq=(1.0, 0.1), interleaved=True, factor=1.2)
+SHARED = {
+    "plain": {},
+    "grouped": {"num_kv_heads": 2},
+    "one_key_head": {"num_kv_heads": 1, "rotary": HALVES},
+    "interleaved": {"rotary": PAIRS},
+    "converted": {"head_dim": 8, "qkv_bias": True, "o_bias": True, "scale": 0.3, "num_kv_heads": 2},
+    "qk_norm": {"qk_norm": QKNorm(1e-6, True, 1.0), "rotary": HALVES},
+    "qk_norm_wide": {"qk_norm": QKNorm(1e-6, False), "num_kv_heads": 2},
+}
+OF_ITS_OWN = {
+    "attn": {
+        "window": {"window_size": 5, "num_kv_heads": 2},
+        "no_rotary": {"rope_theta": None},
+        "qk_norm_default": {"qk_norm": True},
+    },
+    "gla": {
+        "conv": {"use_short_conv": True, "num_kv_heads": 2, "rotary": HALVES},
+        "conv_bias": {"use_short_conv": True, "conv_bias": True, "conv_size": 2},
+        "bare": {"use_output_gate": False, "output_norm": False},
+        "norm_alone": {"use_output_gate": False},
+        "sigmoid_gate": {"gate_fn": "sigmoid", "feature_map": "relu", "clamp_min": -0.05},
+    },
+    "simple_gla": {
+        "no_conv": {"use_short_conv": False, "num_kv_heads": 2},
+        "bare": {"use_short_conv": False, "use_output_gate": False, "output_norm": False},
+    },
+    "linear_attn": {
+        "hedgehog": {"feature_map": "hedgehog", "do_feature_map_norm": True, "rotary": HALVES},
+        "elu": {"feature_map": "elu", "do_feature_map_norm": True, "output_norm": "identity"},
+        "t2r": {"feature_map": "t2r", "norm_q": True, "norm_k": True},
+        "dpfp": {"feature_map": "dpfp", "norm_k": True},
+        "tied": {"tie_feature_map_qk": True},
+    },
+}
+CASES = [
+    pytest.param(name, fields, id=f"{name}-{case}")
+    for name in MIXERS
+    for case, fields in (SHARED | OF_ITS_OWN.get(name, {})).items()
+]
+over_cases = pytest.mark.parametrize(("name", "fields"), CASES)
+over_mixers = pytest.mark.parametrize("name", MIXERS)
+
+
+def build(name: str, fields: dict | None = None, dtype=torch.float64):
+    torch.manual_seed(0)
+    cls = MIXERS[name]
+    mixer = cls(cls.Config(**({"hidden_size": WIDTH, "num_heads": 4} | (fields or {}))))
+    for parameter in mixer.parameters():  # so that no weight is one and no bias zero
+        torch.nn.init.normal_(parameter, parameter.mean().item(), 0.3)
+    return mixer.to(dtype)
+
+
+def draw(batch: int, time: int, dtype=torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(time)
+    return torch.randn(batch, time, WIDTH, generator=generator, dtype=dtype)
+
+
+def close(got, want) -> bool:
+    pairs = list(zip(tree_leaves(got), tree_leaves(want), strict=True))
+    tolerance = 1e-10 if any(b.dtype == torch.float64 for _, b in pairs) else 1e-5
+    return all(
+        a.shape == b.shape and (a - b).norm() <= tolerance * (1 + b.norm()) for a, b in pairs
+    )
+
+
+def row(state, i: int):
+    """The state of sequence i alone."""
+    return torch.utils._pytree.tree_map(lambda t: t[i : i + 1], state)
+
+
+def continues_alike(mixer, a, b) -> bool:
+    """Whether two states give the same outputs from here on."""
+    x = draw(a.position.shape[0], 4, mixer.o_proj.weight.dtype)
+    return bool((a.position == b.position).all()) and close(mixer(x, a)[0], mixer(x, b)[0])
+
+
+def test_every_mixer_has_its_loop():
+    assert set(TEXTBOOK) == set(MIXERS)
+
+
+def values_and_gradients(function, mixer, x):
+    """y, and the gradients of a weighted sum of it for x and every parameter, in float64."""
+    x = x.detach().requires_grad_()
+    y = function(x)
+    loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
+    inputs = (x, *mixer.parameters())
+    return [g.double() for g in (y, *torch.autograd.grad(loss, inputs, materialize_grads=True))]
+
+
+@over_cases
+def test_textbook(name, fields):
+    mixer, x, loop = build(name, fields), draw(2, 21), TEXTBOOK[name]
+    got = values_and_gradients(lambda x: mixer(x)[0], mixer, x)
+    assert close(got, values_and_gradients(lambda x: loop(mixer, x), mixer, x))
+
+
+@over_cases
+def test_textbook_fp32(name, fields):
+    """As near to the loop in float64 as the loop in fp32 is, within a factor of two."""
+    exact, mixer = build(name, fields), build(name, fields, torch.float32)
+    x, loop = draw(2, 21, torch.float32), TEXTBOOK[name]
+    exact.load_state_dict(mixer.state_dict())
+    got = values_and_gradients(lambda x: mixer(x)[0], mixer, x)
+    same = values_and_gradients(lambda x: loop(mixer, x), mixer, x)
+    want = values_and_gradients(lambda x: loop(exact, x), exact, x.double())
+    for a, b, c in zip(got, same, want, strict=True):
+        assert (a - c).norm() <= 2 * (b - c).norm() + 1e-5 * (1 + c.norm())
+
+
+@over_cases
+def test_step_is_sequence(name, fields):
+    mixer, x = build(name, fields), draw(2, 13)
+    want, want_state = mixer(x)
+    state, outputs = mixer.init_state(2), []
+    for token in x.unbind(1):
+        y, state = mixer.step(token, state)
+        outputs.append(y)
+    assert close(torch.stack(outputs, 1), want)
+    assert continues_alike(mixer, state, want_state)
+
+
+@over_cases
+@pytest.mark.parametrize("cut", [1, 2, 9])
+def test_split_is_whole(name, fields, cut):
+    mixer, x = build(name, fields), draw(2, 13)
+    want, want_state = mixer(x)
+    first, state = mixer(x[:, :cut])
+    second, state = mixer(x[:, cut:], state)
+    assert close(torch.cat((first, second), 1), want)
+    assert continues_alike(mixer, state, want_state)
+
+
+@over_cases
+def test_packed_is_separate(name, fields):
+    """Sequences of 2, 7, 0 and 4 tokens, then as many again on the states of the first."""
+    mixer, x = build(name, fields), draw(1, 13)
+    bounds = [0, 2, 9, 9, 13]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    state, alone = None, [None] * 4
+    for _ in range(2):
+        y, state = mixer(x, state, cu_seqlens=cu_seqlens)
+        for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+            if start < end:
+                want, alone[i] = mixer(x[:, start:end], alone[i])
+                assert close(y[:, start:end], want)
+                assert continues_alike(mixer, row(state, i), alone[i])
+    assert continues_alike(mixer, row(state, 2), mixer.init_state(1))
+
+
+@over_cases
+def test_padding_is_inert(name, fields):
+    """Left, right and scattered padding, before and after a carried state."""
+    mixer, x = build(name, fields), draw(3, 11)
+    mask = torch.ones(3, 11, dtype=torch.bool)
+    mask[0, :6], mask[1, 3:], mask[2, [0, 4, 5, 10]] = False, False, False
+    x = torch.where(mask[..., None], x, 1e3)
+    state, alone = None, [None] * 3
+    for _ in range(2):
+        y, state = mixer(x, state, mask=mask)
+        for i in range(3):
+            want, alone[i] = mixer(x[i : i + 1, mask[i]], alone[i])
+            assert close(y[i : i + 1, mask[i]], want)
+            assert continues_alike(mixer, row(state, i), alone[i])
+        assert not y[~mask].any()
+
+
+@over_mixers
+def test_padding_takes_no_gradient(name):
+    mixer, x = build(name), draw(2, 9).requires_grad_()
+    mask = torch.tensor([[0] * 4 + [1] * 5, [1] * 6 + [0] * 3])
+    mixer(x, mask=mask)[0].square().sum().backward()
+    assert not x.grad[mask == 0].any() and x.grad[mask == 1].any(-1).all()
+
+
+@pytest.mark.slow
+@over_mixers
+def test_compiled_is_eager(name):
+    torch._dynamo.reset()
+    mixer = build(name, {"num_kv_heads": 2, "rotary": HALVES}, torch.float32)
+    compiled = torch.compile(mixer, fullgraph=True, dynamic=True)
+    for time in (50, 77):
+        x = draw(2, time, torch.float32).requires_grad_()
+        with torch._dynamo.config.patch(error_on_recompile=time > 50):
+            got, want = compiled(x), mixer(x)
+            assert close(got, want)
+            inputs = (x, *mixer.parameters())
+            a, b = (torch.autograd.grad(y[0].square().sum(), inputs) for y in (got, want))
+        assert close(a, b)
+
+
+@pytest.mark.slow
+@over_mixers
+def test_step_compiles(name):
+    torch._dynamo.reset()
+    mixer = build(name, {"num_kv_heads": 2, "rotary": HALVES}, torch.float32)
+    x, state = draw(2, 9, torch.float32), mixer(draw(2, 8, torch.float32))[1]
+    step = torch.compile(mixer.step, fullgraph=True)
+    assert close(step(x[:, 0], state), mixer.step(x[:, 0], state))
+
+
+@over_mixers
+def test_half_precision(name):
+    """bf16 parameters: outputs bf16, recurrent states fp32, rotary frequencies fp32."""
+    exact = build(name, {"rotary": HALVES})
+    mixer = build(name, {"rotary": HALVES}, torch.bfloat16)
+    y, state = mixer(draw(2, 30).bfloat16())
+    assert y.dtype == torch.bfloat16 and mixer.rotary.inv_freq.dtype == torch.float32
+    assert (y - exact(draw(2, 30))[0]).norm() < 0.05 * y.norm()
+    assert getattr(state, "recurrent", state.k if name == "attn" else None).dtype == (
+        torch.bfloat16 if name == "attn" else torch.float32
+    )
+    assert mixer.step(draw(2, 1)[:, 0].bfloat16(), state)[0].dtype == torch.bfloat16
+
+
+# Names and shapes of the published layers at their defaults, D = 1024 (attn 2048).
+D = 1024
+PUBLISHED = {
+    "attn": {f"{name}_proj.weight": (2048, 2048) for name in "qkvo"},
+    "gla": {
+        "q_proj.weight": (512, D), "k_proj.weight": (512, D), "v_proj.weight": (D, D),
+        "g_proj.weight": (D, D), "gk_proj.0.weight": (16, D), "gk_proj.1.weight": (512, 16),
+        "gk_proj.1.bias": (512,), "o_proj.weight": (D, D), "g_norm_swish_gate.weight": (256,),
+    },
+    "simple_gla": {
+        **{f"{name}_proj.weight": (D, D) for name in "qkvgo"},
+        **{f"{name}_conv1d.weight": (D, 1, 4) for name in "qkv"},
+        "gk_proj.weight": (4, D), "gk_proj.bias": (4,), "g_norm_swish_gate.weight": (256,),
+    },
+    "linear_attn": {
+        **{f"{name}_proj.weight": (D, D) for name in "qkvo"},
+        **{f"feature_map_{s}.layer{i}.weight": (128, 128) for s in "qk" for i in (1, 2)},
+        **{f"feature_map_{s}.layer{i}.bias": (128,) for s in "qk" for i in (1, 2)},
+        "norm.weight": (128,),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_checkpoints_fit(name):
+    with torch.device("meta"):
+        mixer = MIXERS[name](MIXERS[name].Config())
+        published = {key: torch.empty(shape) for key, shape in PUBLISHED[name].items()}
+    mixer.load_state_dict(published, strict=True, assign=True)
+
+
+def site(**changes):
+    rotary = {"inv_freq": HALVES.inv_freq, "interleaved": False, "factor": 1.0}
+    fields = {
+        "num_heads": 4, "num_kv_heads": 2, "head_dim": 12, "hidden_size": WIDTH, "scale": 0.4,
+        "rotary": SimpleNamespace(**rotary), "q_norm": None, "k_norm": None, "window": None,
+        **{name: SimpleNamespace(bias_fqn=f"{name}.bias") for name in "qkvo"},
+    }  # fmt: skip
+    return SimpleNamespace(**(fields | changes))
+
+
+def attention_weights(**changes):
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"q": (48, 48), "k": (24, 48), "v": (24, 48), "o": (48, 48)}
+    fields = {"q_norm": None, "k_norm": None}
+    for name, shape in shapes.items():
+        fields[f"{name}_weight"] = torch.randn(shape, generator=generator, dtype=torch.float64) / 7
+        fields[f"{name}_bias"] = torch.randn(shape[0], generator=generator, dtype=torch.float64)
+    return SimpleNamespace(**(fields | changes))
+
+
+def convert(name, found, weights):
+    mixer = MIXERS[name](MIXERS[name].config_for(found)).double()
+    mixer.load_attention(weights)
+    return mixer
+
+
+def teacher(w, x, groups=2):
+    """The attention of ``site`` and ``attention_weights``, by hand."""
+    q, k, v = (F.linear(x, getattr(w, f"{n}_weight"), getattr(w, f"{n}_bias")) for n in "qkv")
+    q, k, v = (y.unflatten(-1, (-1, 12)) for y in (q, k, v))
+    rotary = Rotary(HALVES)
+    q, k = rotate(q, rotary), rotate(k, rotary)
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4)
+    return F.linear(o.transpose(1, 2).flatten(2), w.o_weight, w.o_bias)
+
+
+def test_converted_attention_is_the_teacher():
+    w, x = attention_weights(), draw(2, 17)
+    assert close(convert("attn", site(), w)(x)[0], teacher(w, x))
+    w.k_bias = None
+    mixer = convert("attn", site(k=SimpleNamespace(bias_fqn=None)), w)
+    assert not mixer.k_proj.bias.any()
+
+
+def test_converted_norms():
+    norm = SimpleNamespace(eps=1e-6, per_head=True, offset=1.0)
+    w = attention_weights(q_norm=torch.randn(12).double(), k_norm=torch.randn(12).double())
+    mixer = convert("gla", site(q_norm=norm, k_norm=norm), w)
+    assert close(mixer.q_norm.weight, w.q_norm) and mixer.config.qk_norm == QKNorm(1e-6, True, 1.0)
+    mixer.load_attention(attention_weights())  # norms without weight: that of one
+    assert not mixer.q_norm.weight.any()
+
+
+@pytest.mark.parametrize("name", ["gla", "simple_gla"])
+def test_half_life(name):
+    mixer = convert(name, site(num_kv_heads=2), attention_weights())
+    tokens = torch.tensor([3.0, 12.0, 50.0, 50.0])
+    mixer.set_half_life(tokens)
+    decay = mixer.decay(draw(1, 3)).exp()  # [B, T, heads, ...]
+    want = tokens if name == "simple_gla" else torch.tensor([6.0, 50.0])  # shared by a group
+    halves = decay.reshape(3, len(want), -1) ** want[:, None].double()
+    assert close(halves, torch.full_like(halves, 0.5))
+
+
+@pytest.mark.parametrize("name", ["gla", "simple_gla", "linear_attn"])
+def test_converted_linear_mixers(name):
+    """Half-lives beyond any T leave scale Σ (q·k) v; φ leaves a weighted mean of v."""
+    w, x = attention_weights(o_bias=torch.zeros(WIDTH).double()), draw(1, 9)
+    mixer = convert(name, site(), w)
+    if name == "linear_attn":
+        w.v_weight.zero_()
+        w.v_bias.fill_(1.0)
+        mixer.load_attention(w)
+        assert close(mixer(x)[0].float(), w.o_weight.sum(1).expand(1, 9, -1).float())
+    else:
+        mixer.set_half_life(torch.full((4,), 1e15))
+        (q, k), v = (rotate(y, mixer.rotary) for y in heads(mixer, x)[:2]), heads(mixer, x)[2]
+        o = torch.einsum("bthk,bshk->bhts", q, k).tril() * 0.4
+        o = torch.einsum("bhts,bshv->bthv", o, v)
+        assert close(mixer(x)[0], F.linear(o.flatten(2), w.o_weight))
+    y = mixer(x)[0]
+    mixer.scale_heads(torch.tensor([2.0, 0.5, 1.0, 0.0]))
+    columns = torch.tensor([2.0, 0.5, 1.0, 0.0]).double().repeat_interleave(12)
+    assert close(mixer.o_proj.weight, w.o_weight * columns) and not close(mixer(x)[0], y)
+
+
+def heads(mixer, x):
+    q, k, v = (getattr(mixer, f"{n}_proj")(x).unflatten(-1, (-1, 12)) for n in "qkv")
+    return q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
+
+
+@over_mixers
+def test_bad_input(name):
+    mixer, x = build(name), draw(2, 5)
+    state = mixer(x)[1]
+    other = build("gla" if name == "attn" else "attn")(x)[1]
+    mask, cu_seqlens = torch.ones(2, 5).bool(), torch.tensor([0, 2, 5])
+    for argument, call in {
+        "x: expected a last dimension of 48, got (2, 5, 47)": lambda: mixer(x[..., 1:]),
+        "x: expected shape [B, T, D], got (5, 48)": lambda: mixer(x[0]),
+        "x: expected shape [B, D], got (2, 5, 48)": lambda: mixer.step(x, state),
+        "x: expected a batch of 1 with cu_seqlens, got 2": lambda: mixer(x, cu_seqlens=cu_seqlens),
+        "cu_seqlens: expected int32 or int64": lambda: mixer(x[:1], cu_seqlens=cu_seqlens.float()),
+        "cu_seqlens: expected shape [N + 1]": lambda: mixer(x[:1], cu_seqlens=cu_seqlens[None]),
+        "mask: expected None with": lambda: mixer(x, mask=mask, cu_seqlens=cu_seqlens),
+        "mask: expected shape (2, 5), got (2, 4)": lambda: mixer(x, mask=mask[:, 1:]),
+        "state: expected": lambda: mixer(x, other),
+        "state: expected ": lambda: mixer.step(x[:, 0], None),
+        "state.": lambda: mixer(x[:1], state),
+    }.items():
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value).startswith(argument)
+
+
+def test_bad_recurrent_dtype():
+    mixer = build("gla", dtype=torch.float32)
+    state = mixer.init_state(2)._replace(recurrent=mixer.init_state(2).recurrent.bfloat16())
+    with pytest.raises(ValueError, match=r"state\.recurrent: expected torch\.float32"):
+        mixer(draw(2, 3, torch.float32), state)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("gla", {"num_kv_heads": 3}, "num_kv_heads: expected a divisor of 4, got 3"),
+        ("gla", {"rotary": HALVES, "head_dim": 4}, "rotary: expected at most 4 channels"),
+        ("gla", {"gate_fn": "sin"}, "activation: expected one of"),
+        ("linear_attn", {"feature_map": "sin"}, "feature_map: expected one of"),
+        ("linear_attn", {"output_norm": "sin"}, "output_norm: expected one of"),
+    ],
+)
+def test_bad_config(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, fields)
+
+
+def test_weights_that_do_not_fit():
+    w = attention_weights(k_weight=torch.zeros(48, 48))
+    with pytest.raises(ValueError, match=r"k_weight: expected shape \(24, 48\)"):
+        convert("gla", site(), w)
+    with pytest.raises(ValueError, match="k_norm: expected the norm of q"):
+        convert("gla", site(q_norm=SimpleNamespace(eps=1.0, per_head=True, offset=0.0)), w)
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MIXERS["gla"].Config().num_heads = 2
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_pad_unpad(left):
+    x, lengths = draw(3, 6).requires_grad_(), torch.tensor([4, 6, 1])
+    mask = torch.arange(6) < lengths[:, None]
+    mask = mask.flip(1) if left else mask
+    packed, cu_seqlens, indices = unpad(x, mask)
+    assert cu_seqlens.tolist() == cu_seqlens_from_mask(mask).tolist() == [0, 4, 10, 11]
+    assert close(packed[0], x[mask])
+    back = torch.zeros(18, WIDTH).double().index_copy(0, indices, packed[0]).view(3, 6, WIDTH)
+    assert close(back, torch.where(mask[..., None], x, 0.0))
+    padded = pad(packed, cu_seqlens, 6)
+    assert close(padded[torch.arange(6) < lengths[:, None]], x[mask])
+    assert math.isclose(padded.square().sum().item(), x[mask].square().sum().item())
+    padded.sum().backward()
+    assert close(x.grad, mask[..., None].expand(3, 6, WIDTH).double())

@@ -1,0 +1,136 @@
+"""Each mixer as its paper writes it: a loop over tokens, read against the equations.
+
+No code of the mixers is used, only their parameters and configs. Differentiable, any dtype. Adding
+a mixer to the registry asks for its loop here, of at most 12 lines, in ``TEXTBOOK``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rms(x, weight, eps=1e-5, offset=0.0):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * (offset + weight)
+
+
+def conv(x, weight, bias):
+    """silu(Σ_i w_i x_{t-i}): the last weight is that of the current token."""
+    past, y = x.new_zeros(x.shape[0], weight.shape[-1] - 1, x.shape[2]), []
+    for t in range(x.shape[1]):
+        window = torch.cat((past, x), 1)[:, t : t + weight.shape[-1]]
+        y.append((window * weight[:, 0].T).sum(1) + (0 if bias is None else bias))
+    return F.silu(torch.stack(y, 1))
+
+
+def rotate(x, rotary):
+    """(a + ib) e^{i t f} over pairs of channels, t from 0; x [B, T, H, K]."""
+    n, config = len(rotary.inv_freq), rotary.config
+    even, odd = (
+        (slice(0, 2 * n, 2), slice(1, 2 * n, 2))
+        if config.interleaved
+        else (slice(0, n), slice(n, 2 * n))
+    )
+    angle = torch.arange(x.shape[1])[:, None, None] * rotary.inv_freq.to(x.dtype)
+    turned = torch.complex(x[..., even], x[..., odd]) * torch.polar(
+        torch.full_like(angle, config.factor), angle
+    )
+    y = x.clone()
+    y[..., even], y[..., odd] = turned.real, turned.imag
+    return y
+
+
+def qkv(m, x):
+    """q, k, v [B, T, H, *] of a mixer, key heads repeated."""
+    heads, streams = m.config.num_heads, []
+    for name in "qkv":
+        y = getattr(m, f"{name}_proj")(x)
+        if getattr(m.config, "use_short_conv", False):
+            c = getattr(m, f"{name}_conv1d")
+            y = conv(y, c.weight, c.bias)
+        count = heads if name == "q" else m.config.num_kv_heads or heads
+        y = y.view(*x.shape[:2], count, -1)
+        if m.config.qk_norm and name != "v":
+            norm = getattr(m, f"{name}_norm")
+            flat = y if norm.weight.numel() == y.shape[-1] else y.flatten(2)
+            y = rms(flat, norm.weight, norm.eps, norm.offset).view_as(y)
+        y = rotate(y, m.rotary) if m.rotary is not None and name != "v" else y
+        streams.append(y.repeat_interleave(heads // count, 2))
+    return streams
+
+
+def gated_output(m, o, x):
+    """W_o [RMSNorm(o) ⊙ gate(W_g x)], each part where it is on."""
+    c = m.config
+    if c.output_norm:
+        fused = c.use_output_gate and c.gate_fn == "swish"
+        o = rms(o, (m.g_norm_swish_gate if fused else m.g_norm).weight)
+    gate = {"swish": F.silu, "sigmoid": torch.sigmoid}[c.gate_fn]
+    return m.o_proj(o.flatten(2) * gate(m.g_proj(x)) if c.use_output_gate else o.flatten(2))
+
+
+def decayed(m, x, g):
+    """S = diag(e^g) S + k v^T, o = scale q S."""
+    q, k, v = qkv(m, x)
+    if m.config.feature_map == "relu":
+        q, k = q.relu(), k.relu()
+    scale, S, o = m.config.scale or q.shape[-1] ** -0.5, 0.0, []
+    for t in range(x.shape[1]):
+        S = g[:, t].exp()[..., None] * S + k[:, t, :, :, None] * v[:, t, :, None, :]
+        o.append(scale * (q[:, t, :, None] @ S)[..., 0, :])
+    return gated_output(m, torch.stack(o, 1), x)
+
+
+def gla(m, x):
+    c, (down, up) = m.config, m.gk_proj
+    g = torch.sigmoid(up(down(x))).log() / c.gate_logit_normalizer
+    g = g if c.clamp_min is None else g.clamp(min=c.clamp_min)
+    kv_heads = c.num_kv_heads or c.num_heads
+    g = g.view(*x.shape[:2], kv_heads, -1).repeat_interleave(c.num_heads // kv_heads, 2)
+    return decayed(m, x, g)
+
+
+def simple_gla(m, x):
+    g = torch.sigmoid(m.gk_proj(x)).log() / m.config.gate_logit_normalizer
+    return decayed(m, x, g[..., None])
+
+
+def linear_attn(m, x):
+    (q, k, v), c, o = qkv(m, x), m.config, []
+    φ = FEATURE_MAPS[c.feature_map]
+    q, k = φ(q, m.feature_map_q), φ(k, m.feature_map_k)
+    q = q / (q.sum(-1, keepdim=True) + 1e-4) if c.norm_q else q
+    k = k / (k.sum(-1, keepdim=True) + 1e-4) if c.norm_k else k
+    for t in range(x.shape[1]):
+        a = torch.einsum("bhk,bshk->bhs", q[:, t], k[:, : t + 1]) * (c.scale or q.shape[-1] ** -0.5)
+        a = a / (a.sum(-1, keepdim=True) + 1e-10) if c.do_feature_map_norm else a
+        o.append(torch.einsum("bhs,bshv->bhv", a, v[:, : t + 1]))
+    o = torch.stack(o, 1)
+    return m.o_proj((rms(o, m.norm.weight) if c.output_norm == "rmsnorm" else o).flatten(2))
+
+
+def dpfp(x, _):
+    r = torch.cat((x, -x), -1).relu()
+    return torch.cat([r * torch.cat((r[..., -j:], r[..., :-j]), -1) for j in (1, 2, 3, 4)], -1)
+
+
+FEATURE_MAPS = {  # of x and the parameters f
+    "elu": lambda x, f: F.elu(x) + 1,
+    "dpfp": dpfp,
+    "t2r": lambda x, f: f.layer(x).relu(),
+    "elementwise_product": lambda x, f: f.layer1(x) * f.layer2(x),
+    "hedgehog": lambda x, f: torch.cat((2 * f.layer(x), -2 * f.layer(x)), -1).softmax(-1),
+}
+
+
+def attn(m, x):
+    (q, k, v), o = qkv(m, x), []
+    for t in range(x.shape[1]):
+        first = 0 if m.config.window_size is None else max(0, t + 1 - m.config.window_size)
+        scores = torch.einsum("bhk,bshk->bhs", q[:, t], k[:, first : t + 1])
+        weights = (scores * (m.config.scale or q.shape[-1] ** -0.5)).softmax(-1)
+        o.append(torch.einsum("bhs,bshv->bhv", weights, v[:, first : t + 1]))
+    return m.o_proj(torch.stack(o, 1).flatten(2))
+
+
+TEXTBOOK = {"attn": attn, "gla": gla, "linear_attn": linear_attn, "simple_gla": simple_gla}
