@@ -210,7 +210,8 @@ def _hf(config_class: type, model_class: type, **options: Any) -> Callable[[], C
     return build
 
 
-def _llama(name: str = "Llama", **options: Any) -> Callable[[], Case]:
+def llama(name: str = "Llama", model: str | None = None, **options: Any) -> Callable[[], Case]:
+    """Builder of a model of the Llama family, grouped heads unless an option says otherwise."""
     shape = {
         "hidden_size": DIM,
         "intermediate_size": 2 * DIM,
@@ -219,8 +220,8 @@ def _llama(name: str = "Llama", **options: Any) -> Callable[[], Case]:
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
     }
-    config, model = (getattr(transformers, name + s) for s in ("Config", "ForCausalLM"))
-    return _hf(config, model, **(shape | options))
+    config = getattr(transformers, name + "Config")
+    return _hf(config, getattr(transformers, (model or name) + "ForCausalLM"), **(shape | options))
 
 
 def _gpt2(**options: Any) -> Callable[[], Case]:
@@ -271,23 +272,23 @@ def _alibi(time: int) -> Tensor:
 
 
 MODELS: dict[str, Callable[[], Case]] = {
-    "llama": _llama(),
-    "llama_mha": _llama(num_key_value_heads=HEADS),
-    "llama_mqa": _llama(num_key_value_heads=1),
-    "llama_tied": _llama(tie_word_embeddings=True),
-    "llama_bias": _llama(attention_bias=True),
-    "llama_yarn": _llama(
+    "llama": llama(),
+    "llama_mha": llama(num_key_value_heads=HEADS),
+    "llama_mqa": llama(num_key_value_heads=1),
+    "llama_tied": llama(tie_word_embeddings=True),
+    "llama_bias": llama(attention_bias=True),
+    "llama_yarn": llama(
         rope_parameters={
             "rope_type": "yarn",
             "rope_theta": 10000.0,
             "factor": 4.0,
             "original_max_position_embeddings": 32,
         }
-    ),  # fmt: skip
-    "qwen2": _llama("Qwen2"),
-    "qwen3": _llama("Qwen3", head_dim=16),
-    "mistral": _llama("Mistral", sliding_window=8),
-    "olmo2": _llama("Olmo2"),
+    ),
+    "qwen2": llama("Qwen2"),
+    "qwen3": llama("Qwen3", head_dim=16),
+    "mistral": llama("Mistral", sliding_window=8),
+    "olmo2": llama("Olmo2"),
     "gpt2": _gpt2(),
     "gpt_neox": _hf(
         transformers.GPTNeoXConfig,
@@ -308,7 +309,7 @@ MODELS: dict[str, Callable[[], Case]] = {
 REJECTED: dict[str, tuple[Callable[[], Case], str]] = {
     "bert": (_bert, "bidirectional"),
     "bidirectional": (_own(lambda: PackedAttention(is_causal=False)), "bidirectional"),
-    "inline": (_inline, "attention is inline in InlineBlock (blocks.0), which also holds norm"),
+    "inline": (_inline, "attention is inline in InlineBlock (blocks."),
     "cross": (_cross, "cross-attention: keys come from another input than queries"),
     "dropout": (_own(lambda: PackedAttention(dropout=0.1)), "dropout 0.1 is active"),
     "dilated": (
