@@ -3,7 +3,7 @@
 corpus.py collects the corpus. Left out: what a teacher for tests does not need (dropout, mixed
 precision, several devices).
 
-    python tests/teacher/make.py --out out/teacher --minutes 25
+    python tests/teacher/make.py --out out/teacher --minutes 9.5
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def figures(out: Path, run: dict, heldout: list[str]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--minutes", type=float, default=25.0, help="wall time of the training")
+    parser.add_argument("--minutes", type=float, default=10.0, help="wall time of the training")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
