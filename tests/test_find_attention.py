@@ -66,16 +66,18 @@ def reference(site: AttentionSite, model: nn.Module, x: Tensor) -> Tensor:
     return F.linear(y, w.o_weight, w.o_bias)
 
 
-class Reference(nn.Module):
-    """The reference as a mixer, for the swap."""
+class Projections(nn.Module):
+    """Stands for a mixer in the swap: the first and the last projection and a bias to train."""
 
     def __init__(self, site: AttentionSite, model: nn.Module):
         super().__init__()
-        self.site, self.w = site, site.weights(model)
+        weights = site.weights(model)
+        self.register_buffer("q", weights.q_weight)
+        self.register_buffer("o", weights.o_weight)
         self.bias = nn.Parameter(torch.zeros(site.hidden_size))
 
     def forward(self, x: Tensor, state=None, *, mask=None):
-        return F.linear(F.linear(x, self.w.q_weight), self.w.o_weight) + self.bias, state
+        return F.linear(F.linear(x, self.q), self.o) + self.bias, state
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -261,14 +263,14 @@ transpose = transpose(scaled_dot_product_attention)
 reshape = reshape(transpose)
 linear_1 = linear(reshape, out.weight, out.bias)""",
     )
-    swap_attention(case.model, site, Reference(site, case.model))
+    swap_attention(case.model, site, Projections(site, case.model))
     with evaluating(case.model):
         graph = capture(case.model, case.inputs, case.kwargs)
     assert_expected_inline(
         describe_graph(graph, site.path),
         """\
-linear = linear(layer_norm, mixer.lifted_tensor_0)
-linear_1 = linear(linear, mixer.lifted_tensor_1)
+linear = linear(layer_norm, mixer.q)
+linear_1 = linear(linear, mixer.o)
 add_1 = add(linear_1, mixer.bias)""",
     )
 
@@ -281,7 +283,7 @@ def test_swap_routes_and_restores(name):
     original = case.model.get_submodule(site.path)
     frozen = next(original.parameters()).requires_grad_(False)
     want = logits()
-    swapped = swap_attention(case.model, site, Reference(site, case.model))
+    swapped = swap_attention(case.model, site, Projections(site, case.model))
     assert not any(p.requires_grad for p in original.parameters())
     assert swapped.mixer.bias.requires_grad
     outputs = {}
@@ -299,7 +301,7 @@ def test_swap_routes_and_restores(name):
 def test_swapped_model_traces_in_one_graph(name):
     case = MODELS[name]()
     for site in find(case).sites:
-        swap_attention(case.model, site, Reference(site, case.model))
+        swap_attention(case.model, site, Projections(site, case.model))
     leaf = lambda out: torch.utils._pytree.tree_leaves(out)[0]  # noqa: E731
     compiled = torch.compile(case.model, fullgraph=True, backend="aot_eager")
     kwargs = {"use_cache": False} if name == "llama" else {}
@@ -312,7 +314,7 @@ def test_swap_errors():
     site = find(case).sites[0]
     with pytest.raises(ValueError, match=r"site\.path must name a swap .* got PackedAttention"):
         restore_attention(case.model, site)
-    swapped = swap_attention(case.model, site, Reference(site, case.model))
+    swapped = swap_attention(case.model, site, Projections(site, case.model))
     with pytest.raises(ValueError, match=r"got blocks\.0\.attention, already swapped"):
         swap_attention(case.model, site, swapped.mixer)
     swapped.original, swapped.route = None, "original"
