@@ -46,8 +46,6 @@ def source(decay, dtype, K, V, reverse):
     constants = dict(K=K, V=V, REVERSE=reverse, PRECISION=DTYPES[dtype], **meta)
     if reverse:
         types |= {"cu_seqlens": "*i64", "o": "*fp32"}
-    else:
-        constants["state"] = None
     types = {n: "constexpr" if n in constants else types.get(n) for n in kernel.arg_names}
     constants |= {n: None for n, kind in types.items() if kind is None}
     types = {n: kind or "constexpr" for n, kind in types.items()}
