@@ -320,6 +320,25 @@ def test_converted_norms():
 
 
 @pytest.mark.parametrize("name", ["gla", "simple_gla"])
+def test_decay_weights_of_a_conversion_add_up_to_one(name):
+    """With q·k = 1 and v = 1 a head of long memory gives its column of W_o, as softmax would."""
+    w = attention_weights(o_bias=torch.zeros(WIDTH).double())
+    for key in ("q", "k", "v"):
+        getattr(w, f"{key}_weight").zero_()
+        getattr(w, f"{key}_bias").fill_(1.0)
+    mixer = convert(name, site(rotary=None, scale=1 / 12, num_kv_heads=4), attention_weights_mha(w))
+    y = mixer(draw(1, 8000))[0][0, -1]
+    assert close(y.float(), w.o_weight.sum(1).float())
+
+
+def attention_weights_mha(w):
+    """The same with a key head for every query head."""
+    changes = {f"{n}_weight": getattr(w, f"{n}_weight").repeat(2, 1) for n in "kv"}
+    changes |= {f"{n}_bias": getattr(w, f"{n}_bias").repeat(2) for n in "kv"}
+    return SimpleNamespace(**(vars(w) | changes))
+
+
+@pytest.mark.parametrize("name", ["gla", "simple_gla"])
 def test_half_life(name):
     mixer = convert(name, site(num_kv_heads=2), attention_weights())
     tokens = torch.tensor([3.0, 12.0, 50.0, 50.0])
@@ -342,6 +361,7 @@ def test_converted_linear_mixers(name):
         assert close(mixer(x)[0].float(), w.o_weight.sum(1).expand(1, 9, -1).float())
     else:
         mixer.set_half_life(torch.full((4,), 1e15))
+        mixer.o_proj.weight.data.copy_(w.o_weight)
         (q, k), v = (rotate(y, mixer.rotary) for y in heads(mixer, x)[:2]), heads(mixer, x)[2]
         o = torch.einsum("bthk,bshk->bhts", q, k).tril() * 0.4
         o = torch.einsum("bhts,bshv->bthv", o, v)

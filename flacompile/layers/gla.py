@@ -117,9 +117,15 @@ class DecayedAttention(QKVMixer, RecurrentMixer):
         layer.bias.copy_(bias.repeat_interleave(layer.out_features // self.decay_heads))
 
     def load_attention(self, weights: AttentionWeights) -> None:
-        """As the base class; half-lives spread from 8 to 128 tokens over the heads."""
+        """As the base class; half-lives spread from 8 to 128 tokens over the heads.
+
+        Each head is scaled by 1 - e^g, so that the decays it sums over add up to one: the size of
+        what a softmax would give, which q·k alone does not have.
+        """
         super().load_attention(weights)
-        self.set_half_life(torch.logspace(3, 7, self.config.num_heads, base=2))
+        tokens = torch.logspace(3, 7, self.config.num_heads, base=2)
+        self.set_half_life(tokens)
+        self.scale_heads(1 - 2 ** (-1 / tokens))
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
