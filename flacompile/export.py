@@ -13,14 +13,14 @@ lengths on both sides of each span, before it gets its name.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._inductor.package import load_package, package_aoti
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from flacompile import __version__, hf
@@ -33,6 +33,7 @@ from flacompile.passes.decompose import decompose
 SPAN = CHUNK * FANOUT  # tokens that one fold of the CPU form covers
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, SPAN + 1)  # where the gate compares values
 TOLERANCE = 1e-4  # relative, fp32
+STAGES = ("trace", "prefill", "decode", "gate")
 
 
 class Prefill(nn.Module):
@@ -65,18 +66,24 @@ class Decode(nn.Module):
 
 
 def export(
-    model: nn.Module, path: str | Path, *, lengths: Sequence[int] = LENGTHS
+    model: nn.Module,
+    path: str | Path,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    progress: Callable[[str], object] = lambda stage: None,
 ) -> dict[str, Any]:
     """Writes ``path``, a ``.pt2`` package with ``prefill`` and ``decode``.
 
     Args:
         model: a converted transformers causal language model, every attention converted.
         path: the package; an existing file is replaced only by a package that passed its gate.
-        lengths: values of T at which prefill and the decode after it are compared with the model.
+        lengths: values of T at which prefill and the decode after it are compared with the model;
+            those beyond the model's positions are left out.
+        progress: called with a word at the start of each of the STAGES.
 
     Returns:
-        The largest relative errors of the gate, and the shapes of the states at B = 1. The same
-        is in the package as the metadata of ``prefill``.
+        The largest relative errors of the gate, the shapes of the states at B = 1, device and
+        torch version. All but the errors are also the metadata of the package.
 
     Raises:
         ValueError: not a converted model, softmax layers were kept, or the gate failed.
@@ -84,42 +91,34 @@ def export(
     path = Path(path)
     _check(model, path)
     model.eval()
+    limit = getattr(model.config, "max_position_embeddings", None)
+    lengths = [t for t in lengths if limit is None or t < limit]
     with torch.no_grad(), routed(model, "mixer"), hf.unpadded(model):
-        largest = getattr(model.config, "max_position_embeddings", None) or SPAN * 4
-        lengths = [t for t in lengths if t < largest]
-        device = next(model.parameters()).device
-        ids = torch.ones(2, SPAN * 3 - 70, dtype=torch.long, device=device)
-        prefill = decompose(
-            torch.export.export(
-                Prefill(model), (ids,), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
-            )
-        )
-        states = tuple(x.contiguous() for x in Prefill(model)(ids[:, :3])[1:])
-        token = torch.ones(2, 1, dtype=torch.long, device=device)
-        batch = tuple({0: Dim.DYNAMIC} for _ in states)
-        decode = decompose(
-            torch.export.export(
-                Decode(model), (token, states), dynamic_shapes=({0: Dim.DYNAMIC}, batch)
-            )
-        )
-        leaves = [[1, *x.shape[1:]] for x in states]
-        facts = {"state_shapes": leaves, "device": device.type, "torch": torch.__version__}
-        metadata = {
+        progress("trace")
+        programs = _trace(model)
+        states = programs["decode"].example_inputs[0][1]
+        device = next(model.parameters()).device.type
+        facts: dict[str, Any] = {
+            "state_shapes": [[1, *x.shape[1:]] for x in states],
+            "vocabulary": model.config.vocab_size,
+            "device": device,
+            "torch": torch.__version__,
             "flacompile": __version__,
-            "vocabulary": str(model.config.vocab_size),
-            "facts": json.dumps(facts),
         }
-        programs = {"prefill": prefill, "decode": decode}
-        files = {
-            name: torch._inductor.aot_compile(
-                program.module(),
-                *program.example_inputs,
-                options={"aot_inductor.package": True, "aot_inductor.metadata": metadata},
+        options = {
+            "aot_inductor.package": True,
+            "aot_inductor.metadata": {name: json.dumps(value) for name, value in facts.items()},
+        }
+        files: dict[str, Any] = {}
+        for name, program in programs.items():
+            progress(name)
+            args, kwargs = program.example_inputs
+            files[name] = torch._inductor.aot_compile(
+                program.module(), args, kwargs, options=options
             )
-            for name, program in programs.items()
-        }
 
         def write(temporary: Path) -> None:
+            progress("gate")
             package = temporary.with_suffix(".pt2")  # the packager insists on the suffix
             try:
                 package_aoti(str(package), files)
@@ -130,6 +129,23 @@ def export(
 
         write_atomically(path, write)
     return facts
+
+
+def _trace(model: nn.Module) -> dict[str, ExportedProgram]:
+    """Both programs, any B and T, with our ops opened. Every example is contiguous."""
+    device = next(model.parameters()).device
+    ids = torch.ones(2, SPAN * 3 - 70, dtype=torch.long, device=device)
+    states = tuple(x.contiguous() for x in Prefill(model)(ids[:, :3])[1:])
+    batch = {0: Dim.DYNAMIC}
+    prefill = torch.export.export(
+        Prefill(model), (ids,), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
+    )
+    decode = torch.export.export(
+        Decode(model),
+        (ids[:, :1].contiguous(), states),
+        dynamic_shapes=(batch, tuple(batch for _ in states)),
+    )
+    return {"prefill": decompose(prefill), "decode": decompose(decode)}
 
 
 def _check(model: nn.Module, path: Path) -> None:

@@ -1,0 +1,178 @@
+"""The command line: ``flacompile convert | distill | export | generate``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flacompile
+from flacompile.distill import Recipe, Stage
+from flacompile.export import STAGES
+from flacompile.layers import MIXERS
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(
+        prog="flacompile",
+        description="Turn a pretrained Transformer into a linear-attention model, train it to be "
+        "its teacher, and ship it.",
+        epilog="MODEL is a folder that transformers reads, or a .gguf file. A typical run: "
+        "flacompile distill MODEL text.txt out; flacompile export out out/model.pt2; "
+        "flacompile generate out/model.pt2 --tokenizer out --prompt 'Once upon a time'",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text)
+
+    convert = add("convert", "Replace softmax attention by a linear mixer; report; no training.")
+    distill = add("distill", "Convert, then train the mixers and the model to match the teacher.")
+    for command in (convert, distill):
+        command.add_argument("model", help="the teacher: a model folder or a .gguf file")
+    distill.add_argument("data", help="UTF-8 text to distil on, paragraphs apart by blank lines")
+    for command in (convert, distill):
+        command.add_argument("out", type=Path, help="folder for the converted model and reports")
+        command.add_argument(
+            "--mixer", default="gla", help=f"one of {', '.join(sorted(MIXERS))} (default: gla)"
+        )
+        command.add_argument(
+            "--keep", default="", help="attentions that stay softmax: a share (0.25) or indices "
+            "(0,5,-1); default none",
+        )  # fmt: skip
+        command.add_argument(
+            "--init", default="calibrated", choices=["neutral", "calibrated"],
+            help="neutral copies weights; calibrated also fits decay and scale of every head",
+        )  # fmt: skip
+    distill.add_argument("--minutes", type=float, help="wall time of both stages together")
+    distill.add_argument("--align-steps", type=int, default=300, help="default: %(default)s")
+    distill.add_argument("--logits-steps", type=int, default=300, help="default: %(default)s")
+    distill.add_argument("--batch-size", type=int, default=16, help="rows; default: %(default)s")
+    distill.add_argument("--length", type=int, default=128, help="tokens a row; %(default)s")
+
+    export = add("export", "Write a converted model as one .pt2 package that needs no Python.")
+    export.add_argument("model", type=Path, help="a folder written by convert or distill")
+    export.add_argument("package", type=Path, help="the .pt2 file to write")
+
+    generate = add("generate", "Continue a prompt, greedily, by a converted model or a package.")
+    generate.add_argument("model", type=Path, help="a converted model's folder, or a .pt2 package")
+    generate.add_argument("--tokenizer", type=Path, help="its folder; default: that of the model")
+    generate.add_argument("--prompt", required=True, help="text to continue")
+    generate.add_argument("--tokens", type=int, default=64, help="new tokens; %(default)s")
+    return top
+
+
+def read_model(path: str) -> tuple[Any, Any]:
+    """Model (fp32, sdpa) and tokenizer from a folder or a .gguf file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = Path(path)
+    if not file.exists():
+        raise ValueError(
+            f"model: expected a folder or a .gguf file, got {path}, which is not there"
+        )
+    where, options = (file, {}) if file.is_dir() else (file.parent, {"gguf_file": file.name})
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+    return model.eval(), AutoTokenizer.from_pretrained(where, **options)
+
+
+def read_keep(text: str) -> float | list[int]:
+    """ "0.25" is a share, "0,5,-1" are indices, "" is nothing."""
+    try:
+        if "." in text:
+            return float(text)
+        return [int(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise ValueError(f"keep: expected a share or indices, got {text!r}") from error
+
+
+@contextmanager
+def export_progress() -> Iterator[Any]:
+    """A callback for ``flacompile.export`` that moves a bar."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=len(STAGES), desc="export", unit="stage") as bar:
+
+        def stage(name: str) -> None:
+            bar.update(int(bar.postfix is not None))
+            bar.set_postfix_str(name)
+
+        yield stage
+        bar.update()
+
+
+def generate_from_package(package: Path, ids: list[int], tokens: int) -> list[int]:
+    """Greedy continuation of ids by a package: prefill once, then decode a token at a time."""
+    from torch._inductor.package import load_package
+
+    prefill, decode = (load_package(str(package), model_name=n) for n in ("prefill", "decode"))
+    logits, *states = prefill(torch.tensor([ids]))
+    for i in range(tokens):
+        ids = [*ids, int(logits.argmax(-1))]
+        if i + 1 < tokens:
+            logits, *states = decode(torch.tensor([ids[-1:]]), tuple(states))
+    return ids
+
+
+def run(options: argparse.Namespace) -> None:
+    """Carries out one parsed command."""
+    if options.command in ("convert", "distill"):
+        model, tokenizer = read_model(options.model)
+        flacompile.convert(model, options.mixer, keep=read_keep(options.keep), init=options.init)
+        print(flacompile.report(model))
+        if options.command == "distill":
+            print(_distill(model, tokenizer, options))
+        flacompile.save(model, options.out)
+        tokenizer.save_pretrained(options.out)
+        print(f"wrote {options.out}")
+    elif options.command == "export":
+        with export_progress() as progress:
+            facts = flacompile.export(
+                flacompile.load(options.model), options.package, progress=progress
+            )
+        print(f"wrote {options.package}: largest relative errors {facts['errors']}")
+    else:
+        print(_generate(options))
+
+
+def _distill(model: Any, tokenizer: Any, options: argparse.Namespace) -> str:
+    half = options.minutes and options.minutes / 2
+    recipe = Recipe(
+        align=Stage(steps=options.align_steps, minutes=half),
+        logits=Stage(steps=options.logits_steps, minutes=half, mixer_lr=1e-3, rest_lr=3e-4),
+        batch_size=options.batch_size,
+        sequence_length=options.length,
+    )
+    flacompile.distill(model, options.data, recipe, tokenizer=tokenizer, out=options.out)
+    return (options.out / "distill.md").read_text()
+
+
+def _generate(options: argparse.Namespace) -> str:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
+    ids = tokenizer(options.prompt)["input_ids"]
+    if options.model.suffix == ".pt2":
+        return tokenizer.decode(generate_from_package(options.model, ids, options.tokens))
+    model = flacompile.load(options.model)
+    output = model.generate(  # type: ignore[operator]
+        torch.tensor([ids]), max_new_tokens=options.tokens, do_sample=False
+    )
+    return tokenizer.decode(output[0])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; a ValueError becomes one line and exit status 2."""
+    options = parser().parse_args(argv)
+    try:
+        run(options)
+    except ValueError as error:
+        print(f"flacompile {options.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
