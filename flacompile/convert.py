@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from flacompile import hf
 from flacompile.calibrate import calibrate, relative_error
 from flacompile.layers import MIXERS, Mixer
-from flacompile.passes.capture import default_ids, evaluating, record_calls, switch_to_sdpa
+from flacompile.passes.capture import (
+    default_ids,
+    evaluating,
+    record_calls,
+    switch_to_sdpa,
+    without_cache,
+)
 from flacompile.passes.find_attention import find_attention
 from flacompile.passes.sites import AttentionSite, Rejected, describe_site
 from flacompile.passes.swap_attention import (
@@ -107,7 +113,24 @@ def convert(
         raise ValueError(f"init: expected 'neutral' or 'calibrated', got {init!r}")
     if swapped(model):
         raise ValueError("model: expected one that is not converted, got a converted one")
-    note = switch_to_sdpa(model)
+    with _all_or_nothing(model):
+        note = switch_to_sdpa(model)
+        done = _convert(model, cls, changed, keep, init == "calibrated", example_inputs, calibration)
+        notes = (*([note] if note else []), *done.notes)
+        model.flacompile_report = dataclasses.replace(done, notes=notes)  # type: ignore[assignment]
+    return model
+
+
+def _convert(
+    model: nn.Module,
+    cls: type[Mixer],
+    changed: dict[str, Any],
+    keep: float | Sequence[int],
+    calibrated: bool,
+    example_inputs: Any,
+    calibration: Iterable[Tensor] | None,
+) -> Report:
+    """``convert`` on arguments that were read; what it did so far stays if it raises."""
     args, kwargs = _call_of(example_inputs)
     findings = find_attention(model, args, kwargs)
     kept = _kept(keep, len(findings.sites))
@@ -120,27 +143,37 @@ def convert(
             "model: expected at least one causal softmax attention to convert, got none\n"
             + ("\n".join(found) or "  no scaled_dot_product_attention in the captured graph")
         )
-    if calibration is not None:
-        batches = [((ids,), {}) for ids in calibration]
-    else:
-        batches = [(args or (default_ids(model, *_example_shape(model)),), kwargs)]
     name = next(name for name, c in MIXERS.items() if c is cls)
-    examples = _examples(model, chosen, batches)
+    examples = _examples(model, chosen, _batches(model, args, kwargs, calibration))
     layers, mixers = [], []
     for site in chosen:
-        config = dataclasses.replace(cls.config_for(site), **changed)
-        new = build(cls, config, model, site)
+        new = build(cls, dataclasses.replace(cls.config_for(site), **changed), model, site)
         x, y = examples[site.path]
         before = after = relative_error(new, x, y)
-        if init == "calibrated":
+        if calibrated:
             after = calibrate(new, rebuild(site, model, x), site.scale, x, y)
         mixers.append(new.train(model.training))
         layers.append(Layer(site.path, describe_site(site), name, before, after))
     for site, new in zip(chosen, mixers, strict=True):
         swap_attention(model, site, new, hf.convention_of(model, site))
-    notes = (*([note] if note else []), *findings.notes)
-    model.flacompile_report = Report(tuple(layers), kept_paths, findings.rejected, notes)  # type: ignore[assignment]
-    return model
+    return Report(tuple(layers), kept_paths, findings.rejected, findings.notes)
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """If the block raises, modules, gradients and attention implementation are as before it."""
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    try:
+        yield
+    except BaseException:
+        for path, layer in swapped(model).items():
+            model.set_submodule(path, layer.original, strict=True)  # type: ignore[arg-type]
+        for parameter, required in trained:
+            parameter.requires_grad_(required)
+        if implementation != getattr(getattr(model, "config", None), "_attn_implementation", None):
+            model.set_attn_implementation(implementation)  # type: ignore[operator]
+        raise
 
 
 def report(model: nn.Module) -> Report:
@@ -207,19 +240,40 @@ def _call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((example,) if isinstance(example, Tensor) else tuple(example)), {}
 
 
+def _batches(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    calibration: Iterable[Tensor] | None,
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The calls of the model whose attentions are looked at."""
+    if calibration is None:
+        given = bool(args or kwargs)
+        return [(args if given else (default_ids(model, *_example_shape(model)),), kwargs)]
+    batches = list(calibration)
+    lengths = [ids.shape[-1] for ids in batches]
+    if not batches:
+        raise ValueError("calibration: expected at least one batch of token ids, got none")
+    if len(set(lengths)) > 1:
+        raise ValueError(f"calibration: expected batches of one length, got {lengths}")
+    return [((ids,), {}) for ids in batches]
+
+
 def _example_shape(model: nn.Module) -> tuple[int, int]:
     batch, time = EXAMPLE
     return batch, min(time, getattr(model.config, "max_position_embeddings", None) or time)
 
 
 def _examples(
-    model: nn.Module, sites: Sequence[AttentionSite], batches: list[Any]
+    model: nn.Module,
+    sites: Sequence[AttentionSite],
+    batches: list[tuple[tuple[Any, ...], dict[str, Any]]],
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Input and output [B, T, D] of every attention over all batches."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {site.path: [] for site in sites}
     with evaluating(model):
         for args, kwargs in batches:
-            calls = record_calls(model, set(seen), args, kwargs)
+            calls = record_calls(model, set(seen), args, without_cache(model, kwargs))
             for site in sites:
                 convention, call = PlainConvention.of(site), calls[site.path]
                 x = convention.read(call.args, call.kwargs).x

@@ -147,6 +147,14 @@ def _run_cpu(
     cu_seqlens: Tensor | None, scale: float, reverse: bool,
 ) -> Pair:  # fmt: skip
     """Every sequence by ``chunked``; o in the dtype of the state."""
+    with torch.autocast("cpu", enabled=False):  # sums are fp32, whatever the caller's context
+        return _sequences(q, k, v, gk, gv, state, cu_seqlens, scale, reverse)
+
+
+def _sequences(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, reverse: bool,
+) -> Pair:  # fmt: skip
     bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     states = [state] if cu_seqlens is None else list(state.split(1))
     outputs, finals = [], []

@@ -133,6 +133,20 @@ def test_compiled_equals_eager():
         assert max(error(a.grad, b.grad) for a, b in zip(args, eager_args, strict=True)) < 1e-5
 
 
+def test_autocast_keeps_states_and_sums_in_fp32():
+    q, k, v, g, _, state = leaves(draw(70, ("channel", None), dtype=torch.float32, strength=0.1))
+    with torch.autocast("cpu", torch.bfloat16):
+        o, final = linear_attn(q, k, v, g, state=state)
+        o2, _ = linear_attn(q, k, v, g, state=final)
+        (o.float().sum() + o2.float().sum()).backward()
+    assert o.dtype == torch.bfloat16 and final.dtype == torch.float32
+    low = [x.detach().bfloat16().float() for x in (q, k, v)]
+    exact, exact_final = spec.linear_attn(*low, g, state=state)
+    assert error(final, exact_final) < 1e-5
+    assert error(o.float(), exact) < torch.finfo(torch.bfloat16).eps
+    assert g.grad.dtype == torch.float32 and g.grad.isfinite().all()
+
+
 def test_linear_in_time():
     """A quadratic form would hold 2^31 pairs here."""
     q = torch.randn(1, 2**15 + 3, 1, 8)
