@@ -115,7 +115,9 @@ def convert(
         raise ValueError("model: expected one that is not converted, got a converted one")
     with _all_or_nothing(model):
         note = switch_to_sdpa(model)
-        done = _convert(model, cls, changed, keep, init == "calibrated", example_inputs, calibration)
+        done = _convert(
+            model, cls, changed, keep, init == "calibrated", example_inputs, calibration
+        )
         notes = (*([note] if note else []), *done.notes)
         model.flacompile_report = dataclasses.replace(done, notes=notes)  # type: ignore[assignment]
     return model
