@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flacompile.blocks import QKNorm, Rotary
 from flacompile.files import write_atomically
 from flacompile.layers import MIXERS
 from flacompile.passes.sites import AttentionSite
@@ -42,7 +43,9 @@ class TransformersConvention(PlainConvention):
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         x = super().read(args, kwargs).x
-        cache = kwargs.get("past_key_values")
+        # Models disagree on the argument's name: past_key_values, layer_past.
+        caches = (v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length"))
+        cache = next(caches, None)
         slot = None if cache is None else state_layer(cache, self.layer)
         mask = kwargs.get("attention_mask") if self.padded else None
         if mask is not None:
@@ -159,30 +162,69 @@ def save(model: PreTrainedModel, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> PreTrainedModel:
-    """Reads what ``save`` wrote, in the dtype it was saved in, without a teacher."""
+    """Reads what ``save`` wrote, in the dtype it was saved in, without a teacher.
+
+    Raises:
+        ValueError: a file of the folder is missing or broken, or they do not fit together.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = Path(path)
     if not (path / RECIPE).is_file():
         raise ValueError(f"path: expected a folder with {RECIPE}, got {path}")
-    recipe = json.loads((path / RECIPE).read_text())
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"path: expected a config.json in {path}, got {error}") from error
     model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    for name, entry in recipe["layers"].items():
-        cls = MIXERS[entry["mixer"]]
-        mixer = cls(cls.config_from_dict(entry["config"])).to(model.dtype)
-        convention = TransformersConvention(**entry["convention"])
-        model.set_submodule(name, SwappedAttention(mixer, None, convention), strict=True)
+    try:
+        for name, entry in json.loads((path / RECIPE).read_text())["layers"].items():
+            _put(model, name, entry)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"path: expected in {path / RECIPE} what save wrote, got "
+            f"{type(error).__name__}: {error}"
+        ) from error
     state: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
-        state.update(load_file(file))
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    if unexpected or set(missing) - tied:
-        raise ValueError(
-            f"path: expected the weights of {RECIPE}, got missing "
-            f"{sorted(set(missing) - tied)[:3]} and unexpected {unexpected[:3]}"
-        )
+        try:
+            state.update(load_file(file))
+        except SafetensorError as error:
+            raise ValueError(f"path: expected tensors in {file}, got {error}") from error
+    _load_weights(model, state)
     return model.eval()
+
+
+def _put(model: PreTrainedModel, name: str, entry: dict[str, Any]) -> None:
+    """Puts the mixer of one entry of the recipe where it stood; its weights are yet to come."""
+    cls, fields = MIXERS[entry["mixer"]], dict(entry["config"])
+    if isinstance(fields.get("rotary"), dict):
+        rotary = fields["rotary"]
+        fields["rotary"] = Rotary.Config(**rotary | {"inv_freq": tuple(rotary["inv_freq"])})
+    if isinstance(fields.get("qk_norm"), list):
+        fields["qk_norm"] = QKNorm(*fields["qk_norm"])
+    mixer = cls(cls.Config(**fields)).to(model.dtype)
+    convention = TransformersConvention(**entry["convention"])
+    try:
+        model.set_submodule(name, SwappedAttention(mixer, None, convention), strict=True)
+    except AttributeError as error:
+        raise ValueError(f"no module {name} in {type(model).__name__}") from error
+
+
+def _load_weights(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
+    """Copies all weights; only one tied to another that is there may be missing."""
+    model.tie_weights()
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"path: expected weights of this model, got {error}") from error
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameters[name]) for name in state if name in parameters}
+    missing = [k for k in missing if k not in parameters or id(parameters[k]) not in loaded]
+    if unexpected or missing:
+        raise ValueError(
+            f"path: expected the weights of {RECIPE}, got missing {missing[:3]} and unexpected "
+            f"{unexpected[:3]}"
+        )
