@@ -1,0 +1,56 @@
+"""The command line over the same verbs, on the tiny teacher."""
+
+from pathlib import Path
+
+import pytest
+
+from flacompile.cli import main, read_keep
+
+TEACHER = Path(__file__).parent / "teacher"
+
+
+def test_distill_then_generate(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text((TEACHER / "train.txt").read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+    out = tmp_path / "student"
+    steps = ["--align-steps", "4", "--logits-steps", "2", "--batch-size", "2", "--length", "64"]
+    assert main(["distill", str(TEACHER), str(text), str(out), "--keep", "0", *steps]) == 0
+    printed = capsys.readouterr().out
+    assert "Share closed" in printed and "model.layers.0.self_attn: kept" in printed
+    assert {"flacompile.json", "log.jsonl", "losses.png", "distill.md"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert main(["generate", str(out), "--prompt", "Return the", "--tokens", "5"]) == 0
+    assert "Return the" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "/nowhere", "out"], "model: expected a folder or a .gguf file"),
+        (["convert", str(TEACHER), "out", "--mixer", "gal"], "mixer: expected one of attn, gla"),
+        (["convert", str(TEACHER), "out", "--keep", "a"], "keep: expected a share or indices"),
+        (["distill", str(TEACHER), "/nowhere", "out"], "data: expected a text file"),
+        (["export", "/nowhere", "model.pt2"], "path: expected a folder with flacompile.json"),
+    ],
+)
+def test_errors_are_one_line_and_a_status(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_keep():
+    assert read_keep("0.25") == 0.25
+    assert read_keep("0,5,-1") == [0, 5, -1]
+    assert read_keep("") == []
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"{verb} " in shown for verb in ("convert", "distill", "export", "generate"))
