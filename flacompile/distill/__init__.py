@@ -72,7 +72,7 @@ def distill(
         run.log.unlink(missing_ok=True)
         for name, route in (("teacher", "original"), ("zero", "zero"), ("fresh", "mixer")):
             run.notes[name] = asdict(score(model, teacher, heldout, route=route))
-    model.train()
+    model.eval()  # dropout would blur the teacher, and a resumed run would need its state
     stages = {"align": (recipe.align, _align), "logits": (recipe.logits, _logits)}
     for name, (stage, make) in stages.items():
         if run.stage != name:
@@ -86,7 +86,6 @@ def distill(
             train.fit(run, recipe, stage, model, optimizer, parts.train, objective)
         run.stage, run.step = ("logits", 0) if name == "align" else ("done", 0)
         train.save(run, recipe, model, optimizer)
-    model.eval()
     bounds = {name: Score(**run.notes[name]) for name in ("teacher", "zero", "fresh")}
     metrics = Metrics(**bounds, student=score(model, teacher, heldout))
     facts = {"steps": run.steps, "training tokens": len(parts.train), "recipe": asdict(recipe)}

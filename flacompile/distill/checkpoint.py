@@ -10,6 +10,8 @@ import torch
 
 from flacompile.files import write_atomically
 
+PARTS = {"progress", "recipe", "model", "optimizer"}
+
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes tensors and plain values as a torch file."""
@@ -29,7 +31,7 @@ def load(path: Path) -> dict[str, Any]:
             f"checkpoint: expected a file written by flacompile.distill, got {path}, which does "
             f"not load ({type(error).__name__}: {str(error)[:200]}); move it away to start anew"
         ) from error
-    if not isinstance(state, dict) or "progress" not in state:
+    if not isinstance(state, dict) or not state.keys() >= PARTS:
         raise ValueError(
             f"checkpoint: expected a file written by flacompile.distill, got {path}; move it away "
             "to start anew"
@@ -50,3 +52,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def write_json_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Puts the records in the place of the log."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -23,7 +23,7 @@ def read_tokens(data: str | Path | Tensor, tokenizer: Any = None) -> Tensor:
     one, so that rows cut from the stream look like what the teacher was trained on.
 
     Raises:
-        ValueError: no such file, not UTF-8, no tokenizer, or not a vector of integers.
+        ValueError: no such file, an empty one, not UTF-8, no tokenizer, or no vector of integers.
     """
     if isinstance(data, Tensor):
         if data.ndim != 1 or data.is_floating_point():
@@ -41,6 +41,8 @@ def read_tokens(data: str | Path | Tensor, tokenizer: Any = None) -> Tensor:
     except UnicodeDecodeError as error:
         raise ValueError(f"data: expected UTF-8 text in {path}, got {error}") from error
     paragraphs = [p.strip() for p in text.split("\n\n") if p.strip()]
+    if not paragraphs:
+        raise ValueError(f"data: expected text in {path}, got an empty file")
     encoded = tokenizer(paragraphs, add_special_tokens=False)["input_ids"]
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return torch.tensor([t for ids in encoded for t in first + ids], dtype=torch.long)

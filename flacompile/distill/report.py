@@ -17,9 +17,10 @@ def plot_losses(log: Path, picture: Path) -> None:
 
     records = {(r["stage"], r["step"]): r["loss"] for r in read_json_lines(log)}
     stages = list(dict.fromkeys(stage for stage, _ in records))
-    figure = Figure(figsize=(4.5 * len(stages), 3.2), layout="constrained")
+    figure = Figure(figsize=(4.5 * max(1, len(stages)), 3.2), layout="constrained")
     labels = {"align": "relative squared error", "logits": "KL to the teacher (nats)"}
-    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+    columns = figure.subplots(1, max(1, len(stages)), squeeze=False)[0][: len(stages)]
+    for axes, stage in zip(columns, stages, strict=True):
         points = sorted((step, loss) for (s, step), loss in records.items() if s == stage)
         axes.plot([p[0] for p in points], [p[1] for p in points], linewidth=1.2)
         axes.set(title=stage, xlabel="step", ylabel=labels[stage], yscale="log")

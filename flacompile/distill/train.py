@@ -94,7 +94,18 @@ def restore(run: Run, recipe: Recipe, model: nn.Module) -> dict[str, Any] | None
     model.load_state_dict(state["model"], strict=False)
     for name in ("stage", "step", "steps", "notes"):
         setattr(run, name, state["progress"][name])
+    _forget_steps_after(run)
     return state["optimizer"]
+
+
+def _forget_steps_after(run: Run) -> None:
+    """Drops what a killed run logged after its last checkpoint, a torn line included."""
+    done = {name: steps for name, steps in run.steps.items() if name != run.stage}
+    done[run.stage] = run.step
+    records = checkpoint.read_json_lines(run.log)
+    checkpoint.write_json_lines(
+        run.log, [r for r in records if r["step"] <= done.get(r["stage"], 0)]
+    )
 
 
 def fit(

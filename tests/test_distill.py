@@ -1,0 +1,330 @@
+"""Distillation: bounds, losses, and a run that may be killed at any step."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import MODELS, VOCAB, llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import flacompile
+from flacompile.convert import routed, swapped
+from flacompile.distill import Recipe, Stage, objectives, train
+from flacompile.distill.data import batch, read_tokens, split
+from flacompile.files import write_atomically
+
+TEACHER = Path(__file__).parent / "teacher"
+TINY = Recipe(
+    align=Stage(steps=3),
+    logits=Stage(steps=3, mixer_lr=1e-3, rest_lr=3e-4),
+    sequence_length=16,
+    batch_size=2,
+    eval_tokens=64,
+    checkpoint_every=2,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TEACHER, local_files_only=True)
+
+
+def teacher(mixer: str) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, local_files_only=True).eval()
+    return flacompile.convert(model, mixer)
+
+
+@functools.cache
+def converted(name: str) -> torch.nn.Module:
+    return flacompile.convert(MODELS[name]().model, "gla", init="neutral")
+
+
+def student(name: str = "llama") -> torch.nn.Module:
+    return copy.deepcopy(converted(name))
+
+
+def stream(count: int = 800) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (count,), generator=torch.Generator().manual_seed(0))
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path, stage: str) -> list[float]:
+    return [r["loss"] for r in records(out) if r["stage"] == stage]
+
+
+def test_attention_itself_closes_everything(tokenizer, tmp_path):
+    recipe = Recipe(align=Stage(steps=0), logits=Stage(steps=0), eval_tokens=512)
+    metrics = flacompile.distill(
+        teacher("attn"), TEACHER / "train.txt", recipe, tokenizer=tokenizer, out=tmp_path
+    )
+    assert metrics.share_closed == pytest.approx(1, abs=1e-4)
+    for score in (metrics.teacher, metrics.fresh, metrics.student):
+        assert score.kl == pytest.approx(0, abs=1e-5)
+        assert score.top1 == 1 and score.nll == pytest.approx(metrics.teacher.nll, abs=1e-4)
+    assert metrics.zero.nll > metrics.teacher.nll + 1 and metrics.zero.kl > 1
+    half = (metrics.zero.nll + metrics.teacher.nll) / 2
+    middle = dataclasses.replace(metrics.student, nll=half)
+    assert dataclasses.replace(metrics, student=middle).share_closed == pytest.approx(0.5)
+    floor = dataclasses.replace(metrics, student=metrics.zero)
+    assert floor.share_closed == 0
+
+
+def test_both_stages_learn(tokenizer, tmp_path):
+    recipe = Recipe(
+        align=Stage(steps=10, mixer_lr=1e-3),
+        logits=Stage(steps=8, mixer_lr=1e-3, rest_lr=3e-4),
+        sequence_length=64,
+        batch_size=4,
+        eval_tokens=512,
+    )
+    model = teacher("gla")
+    kept = [p.clone() for s in swapped(model).values() for p in s.original.parameters()]
+    metrics = flacompile.distill(
+        model, TEACHER / "train.txt", recipe, tokenizer=tokenizer, out=tmp_path
+    )
+    align, logits = losses(tmp_path, "align"), losses(tmp_path, "logits")
+    assert min(align[-2:]) < 0.9 * align[0]
+    assert min(logits[-2:]) < 0.9 * logits[0]
+    assert metrics.student.kl < 0.8 * metrics.fresh.kl
+    assert 0 < metrics.share_closed < 1 and metrics.student.top1 > metrics.zero.top1
+    after = [p for s in swapped(model).values() for p in s.original.parameters()]
+    assert all(a.equal(b) for a, b in zip(kept, after, strict=True))
+    text = (tmp_path / "distill.md").read_text()
+    assert f"{metrics.share_closed:.3f}" in text and f"{metrics.student.nll:.4f}" in text
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1024])
+@pytest.mark.parametrize("bias", [False, True])
+def test_chunked_kl_is_the_full_one(rows, bias, monkeypatch):
+    monkeypatch.setattr(objectives, "ROWS", rows)
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, requires_grad=True)
+
+    s = objectives.Hidden(leaf(2, 6, 8), leaf(32, 8), leaf(32) if bias else None)
+    t = objectives.Hidden(leaf(2, 6, 8), leaf(32, 8), leaf(32) if bias else None)
+    log_q = F.log_softmax(F.linear(*s), -1).flatten(0, 1)
+    log_p = F.log_softmax(F.linear(*t), -1).flatten(0, 1).detach()
+    want = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    target = objectives.Hidden(*(None if x is None else x.detach() for x in t))
+    got = objectives.kl_divergence(s, target)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    leaves = [x for x in s if x is not None]
+    for a, b in zip(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def run(out: Path, name: str = "llama", recipe: Recipe = TINY, **arguments):
+    model = student(name)
+    flacompile.distill(model, stream(), recipe, out=out, **arguments)
+    return model
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder and weights of an uninterrupted run, by model."""
+
+    @functools.cache
+    def get(name: str):
+        out = tmp_path_factory.mktemp(name)
+        return out, train.student_state(run(out, name))
+
+    return get
+
+
+KILLS = [*(("llama", call) for call in (1, 2, 3, 4, 5, 6)), ("gpt2", 2), ("gpt2", 5)]
+
+
+@pytest.mark.parametrize(("name", "call"), KILLS)
+def test_killed_and_resumed_is_the_uninterrupted_run(call, name, whole, monkeypatch, tmp_path):
+    """gpt2 has dropout in its config, llama does not."""
+    uncut, want = whole(name)
+    calls, step = [], torch.optim.AdamW.step
+
+    def kill(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", kill)
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", name)
+    monkeypatch.undo()
+    if (log := tmp_path / "cut" / "log.jsonl").exists():
+        with log.open("a") as file:
+            file.write('{"stage": "al')  # a line torn by the kill
+    torch.manual_seed(1)  # another process has another random state
+    got = train.student_state(run(tmp_path / "cut", name))
+    assert got.keys() == want.keys()
+    assert all(v.equal(want[k]) for k, v in got.items())
+    steps = [(r["stage"], r["step"], r["loss"]) for r in records(tmp_path / "cut")]
+    expected = [(r["stage"], r["step"], r["loss"]) for r in records(uncut)]
+    assert steps == expected and len(steps) == 6
+
+
+def test_finished_run_is_only_read_again(tmp_path):
+    want = train.student_state(run(tmp_path))
+    log = (tmp_path / "log.jsonl").read_text()
+    got = train.student_state(run(tmp_path))
+    assert all(v.equal(want[k]) for k, v in got.items())
+    assert (tmp_path / "log.jsonl").read_text() == log
+
+
+BROKEN = {
+    "cut": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "text": lambda data: b"not a checkpoint",
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN)
+def test_broken_checkpoint_is_named_and_left(damage, tmp_path):
+    run(tmp_path, recipe=dataclasses.replace(TINY, align=Stage(steps=1), logits=Stage(steps=0)))
+    file = tmp_path / "checkpoint.pt"
+    data = damage(file.read_bytes())
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"checkpoint: expected .*checkpoint\.pt"):
+        run(tmp_path)
+    assert file.read_bytes() == data
+
+
+def test_foreign_tensors_are_no_checkpoint(tmp_path):
+    torch.save({"progress": {}, "weights": torch.ones(2)}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"checkpoint: expected .*checkpoint\.pt"):
+        run(tmp_path)
+
+
+def test_checkpoint_of_another_run(tmp_path):
+    run(tmp_path)
+    with pytest.raises(ValueError, match=r"recipe: expected that of .*checkpoint\.pt"):
+        run(tmp_path, recipe=dataclasses.replace(TINY, seed=1))
+    other = flacompile.convert(llama(num_hidden_layers=3)().model, "gla", init="neutral")
+    with pytest.raises(ValueError, match="expected the tensors of this model"):
+        flacompile.distill(other, stream(), TINY, out=tmp_path)
+
+
+DATA = {
+    "no file": ("missing.txt", None, "data: expected a text file, got .*missing.txt"),
+    "a folder": (".", None, "data: expected a text file"),
+    "binary": ("a.bin", b"\xff\xfe\x00\x80", "data: expected UTF-8 text in .*a.bin"),
+    "too short": ("a.txt", b"Two words", "data: expected at least 16 train tokens"),
+    "empty": ("a.txt", b"\n", "data: expected text in .*a.txt"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DATA.values(), ids=DATA)
+def test_bad_data_file(name, content, message, tokenizer, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        flacompile.distill(
+            student(), tmp_path / name, TINY, tokenizer=tokenizer, out=tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+TENSORS = {
+    "floats": (torch.ones(500), "data: expected a vector of token ids, got torch.float32"),
+    "rows": (torch.ones(50, 10, dtype=torch.long), r"got torch.int64 \(50, 10\)"),
+    "no held-out row": (stream(100), "data: expected at least 16 heldout tokens .* got 5"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), TENSORS.values(), ids=TENSORS)
+def test_bad_tokens(data, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        flacompile.distill(student(), data, TINY, out=tmp_path)
+
+
+def test_text_needs_a_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer: expected one"):
+        flacompile.distill(student(), TEACHER / "train.txt", TINY, out=tmp_path)
+
+
+@pytest.mark.parametrize("prepare", [flacompile.finalize, None], ids=["finalized", "unconverted"])
+def test_model_without_teacher(prepare, tmp_path):
+    model = prepare(student()) if prepare else llama()().model
+    with pytest.raises(ValueError, match="still has its teacher"):
+        flacompile.distill(model, stream(), TINY, out=tmp_path)
+
+
+def test_handwritten_model_is_told_what_it_lacks(tmp_path):
+    case = MODELS["handwritten"]()
+    model = flacompile.convert(case.model, "gla", example_inputs=case.inputs)
+    with pytest.raises(ValueError, match=r"expected a language model with get_output_embeddings"):
+        flacompile.distill(model, stream(), TINY, out=tmp_path)
+
+
+def test_diverging_run_stops(tmp_path):
+    model = student()
+    with torch.no_grad():
+        next(iter(swapped(model).values())).mixer.o_proj.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="align: expected a finite loss, got nan at step 0"):
+        flacompile.distill(model, stream(), TINY, out=tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_paragraphs_begin_with_bos(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("One.\n\n\n\nTwo words.\n")
+    got = read_tokens(tmp_path / "a.txt", tokenizer)
+    parts = tokenizer(["One.", "Two words."], add_special_tokens=False)["input_ids"]
+    assert got.tolist() == [t for p in parts for t in [tokenizer.bos_token_id, *p]]
+
+
+def test_batches_are_windows_fixed_by_step_and_seed():
+    tokens = torch.arange(100)
+    got = batch(tokens, 3, 4, 10, 0)
+    assert got.equal(batch(tokens, 3, 4, 10, 0))
+    assert (got.diff() == 1).all() and got.max() < 100
+    assert not got.equal(batch(tokens, 4, 4, 10, 0)) and not got.equal(batch(tokens, 3, 4, 10, 1))
+    parts = split(tokens, 0.2, 10)
+    assert parts.train.equal(tokens[:80]) and parts.heldout.equal(tokens[80:])
+
+
+def test_teacher_pass_and_student_pass_share_nothing():
+    """The frozen teacher stays what it was while the rest of the model trains."""
+    from flacompile.distill import frozen_teacher
+
+    model, ids = student(), stream(32).view(2, 16)
+    with torch.no_grad():
+        with routed(model, "original"):
+            want = model(ids).logits
+        fixed = frozen_teacher(model)
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        assert fixed(ids).logits.equal(want)
+    assert not any(p.requires_grad for p in fixed.parameters())
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("ne")
+        raise Killed
+
+    with pytest.raises(Killed):
+        write_atomically(file, fail)
+    assert file.read_text() == "old"
+    write_atomically(file, lambda temporary: temporary.write_text("new"))
+    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
