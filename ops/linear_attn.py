@@ -4,18 +4,8 @@
 
 The primitive behind linear attention (Katharopoulos et al. 2020), GLA (Yang et al. 2023), Mamba-2
 (Dao & Gu 2024), HGRN2, RWKV-6, ABC, Based, ReBased and LightNet.
-
-The family is closed under differentiation. With D_t the gradient of S_t,
-
-    D_t  = scale q_t do_t^T + diag(e^gk_{t+1}) D_{t+1} diag(e^gv_{t+1})
-    dq_t = scale S_t do_t            dk_t = D_t v_t            dv_t = D_t^T k_t
-    dgk_t = dgk_{t+1} + q_t dq_t - k_t dk_t                    dgk_{T+1} = sum_v S_T dS_T
-    dgv_t = dgv_{t+1} + o_t do_t - v_t dv_t                    dgv_{T+1} = sum_k S_T dS_T
-
-so the backward is three calls of the forward, two of them back in time, and two sums.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flacompile.ops.chunked import CHUNK, chunked
+from flacompile.ops.closed_backward import gradients
 from flacompile.ops.define import define
 from flacompile.ops.validate import check_linear_attn
 
@@ -216,79 +207,19 @@ def _forward_fake(
     )
 
 
-def _gradients(
-    run: Callable[..., Pair],
-    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
-    cu_seqlens: Tensor | None, scale: float, o: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, dgk, dgv, dstate of the equations above; dgk and dgv are empty without g."""
-    dq, _ = run(do, v, k, gv, gk, state.mT.contiguous(), cu_seqlens, scale, False)
-    seed = dfinal / scale  # D / scale is the state of the two calls back in time
-    dv, first = run(k, q, do, gk, gv, seed, cu_seqlens, scale, True)
-    dk, _ = run(v, do, q, gv, gk, seed.mT.contiguous(), cu_seqlens, scale, True)
-    dstate = first * scale
-    for g, axis in ((gk, -1), (gv, -2)):
-        if g is not None:
-            dstate = dstate * _first_decay(g, cu_seqlens).unsqueeze(axis)
-    end = final * dfinal
-    dgk = _decay_gradient(q * dq - k * dk, end.sum(-1), gk, cu_seqlens)
-    dgv = _decay_gradient(o * do - v * dv, end.sum(-2), gv, cu_seqlens)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dgk, dgv, dstate
-
-
-def _first_decay(g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """e^g of the first token of each sequence, [N, H, X or 1]; 1 for an empty sequence."""
-    if g.ndim == 3:
-        g = g[..., None]
-    if cu_seqlens is None:
-        return g[:, 0].exp() if g.shape[1] else torch.ones_like(g.sum(1))
-    if not g.shape[1]:
-        return g.new_ones(cu_seqlens.shape[0] - 1, *g.shape[2:])
-    first, last = cu_seqlens[:-1], cu_seqlens[1:]
-    decay = g[0, first.clamp(max=g.shape[1] - 1)].exp()
-    return torch.where((first == last)[:, None, None], 1.0, decay)
-
-
-def _decay_gradient(
-    change: Tensor, end: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:
-    """dg_t = dg_{t+1} + change_t back from dg_{T+1} = end, in every sequence.
-
-    Args:
-        change: [B, T, H, X].
-        end: [N, H, X].
-        g: [B, T, H] or [B, T, H, X]: a decay for all channels sums their gradients. Without one
-            the gradient is empty.
-    """
-    if g is None:
-        return end.new_empty(0)
-    if g.ndim == 3:
-        change, end = change.sum(-1, keepdim=True), end.sum(-1, keepdim=True)
-    total = change.to(end.dtype).cumsum(1)
-    if cu_seqlens is None:
-        rest = total[:, -1:] - total + change if g.shape[1] else total
-        dg = rest + end[:, None]
-    else:
-        time = torch.arange(g.shape[1], device=g.device)
-        sequence = torch.searchsorted(cu_seqlens, time, right=True) - 1
-        last = (cu_seqlens[1:] - 1)[sequence]
-        dg = total[:, last] - total + change + end[sequence]
-    return dg.reshape(g.shape)
-
-
 def linear_attn_backward(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
     cu_seqlens: Tensor | None, scale: float, o: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of every input of the op, on a CPU."""
-    return _gradients(_run_cpu, q, k, v, gk, gv, state, cu_seqlens, scale, o, final, do, dfinal)
+    return gradients(_run_cpu, q, k, v, gk, gv, state, cu_seqlens, scale, o, final, do, dfinal)
 
 
 def _backward_cuda(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
     cu_seqlens: Tensor | None, scale: float, o: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _gradients(_run_cuda, q, k, v, gk, gv, state, cu_seqlens, scale, o, final, do, dfinal)
+    return gradients(_run_cuda, q, k, v, gk, gv, state, cu_seqlens, scale, o, final, do, dfinal)
 
 
 def _backward_fake(

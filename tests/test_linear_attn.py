@@ -1,12 +1,15 @@
 """linear_attn on the CPU: values, gradients and the op contract against the token loop."""
 
 import itertools
+from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
 
 from flacompile.ops import linear_attn, linear_attn_step, spec
+
+module = import_module("flacompile.ops.linear_attn")
 
 DECAYS = list(itertools.product([None, "head", "channel"], [None, "head", "channel"]))
 
@@ -176,3 +179,25 @@ def test_bad_input_is_named(change, message):
     q, k, v, *_ = draw(9, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         linear_attn(**{"q": q, "k": k, "v": v, **change})
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kinds", [(None, None), ("head", None), ("channel", "channel")])
+def test_triton_route_gives_the_same_gradients(kinds, packed, device):
+    """What the CUDA op runs, forward and backward: in the interpreter without a GPU."""
+    q, k, v, gk, gv, state = draw(40, kinds, batch=1, dtype=torch.float32, strength=0.1)
+    bounds = torch.tensor([0, 17, 17, 40], device=device) if packed else None
+    state = torch.randn(3, *state.shape[1:]) if packed else state
+    args = [x if x is None else x.to(device) for x in (q, k, v, gk, gv, state)]
+    o, final = module._forward_cuda(*args, bounds, 0.4)
+    do, dfinal = torch.randn_like(o), torch.randn_like(final)
+    got = module._backward_cuda(*args, bounds, 0.4, o, final, do, dfinal)
+    wide = leaves([x if x is None else x.double().cpu() for x in args])
+    cpu_bounds = None if bounds is None else bounds.cpu()
+    want_o, want_final = linear_attn(*wide[:5], state=wide[5], scale=0.4, cu_seqlens=cpu_bounds)
+    loss = (want_o * do.double().cpu()).sum() + (want_final * dfinal.double().cpu()).sum()
+    loss.backward()
+    assert error(o.double().cpu(), want_o) < 1e-5
+    for name, a, b in zip(("q", "k", "v", "gk", "gv", "state"), got, wide, strict=True):
+        if b is not None:
+            assert error(a.double().cpu(), b.grad) < 1e-4, name
