@@ -1,0 +1,101 @@
+"""The rules that keep the house in order: one way of imports, light ones, short files."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ("ops", "passes", "flacompile")  # each may import itself and those before it
+FILES = sorted(
+    path
+    for folder in (*LAYERS, "tests", "docs")
+    for path in (ROOT / folder).rglob("*.py")
+    if not path.is_relative_to(ROOT / "flacompile" / "ops")  # links to the folders themselves
+    and not path.is_relative_to(ROOT / "flacompile" / "passes")
+)
+LONGEST = 400
+
+
+def layer_of(module: str) -> str | None:
+    """Which of LAYERS a full module name belongs to; None for somebody else's."""
+    parts = module.split(".")
+    if parts[0] != "flacompile":
+        return None
+    return parts[1] if parts[1:] and parts[1] in LAYERS[:2] else "flacompile"
+
+
+def package_of(path: Path) -> list[str]:
+    """["flacompile", "ops", "kernels"] for ops/kernels/launch.py."""
+    folders = list(path.relative_to(ROOT).parent.parts)
+    return folders if folders[0] == "flacompile" else ["flacompile", *folders]
+
+
+def imports(path: Path) -> list[tuple[str, ast.stmt]]:
+    """Full names of the modules that a file imports, and where; not those for type checkers."""
+    tree = ast.parse(path.read_text())
+    typing = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found: list[tuple[str, ast.stmt]] = []
+    for node in ast.walk(tree):
+        if id(node) in typing:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = package_of(path)
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, node.module] if node.module else base)
+            found += [(f"{module}.{alias.name}", node) for alias in node.names]
+    return found
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_go_one_way(path):
+    folder = path.relative_to(ROOT).parts[0]
+    allowed = LAYERS[: LAYERS.index(folder) + 1] if folder in LAYERS else LAYERS
+    for module, node in imports(path):
+        where = f"{name_of(path)}:{node.lineno} imports {module}"
+        assert layer_of(module) in (None, *allowed), where
+        assert module.split(".")[0] not in ("ops", "passes"), f"{where}; write flacompile.ops"
+
+
+@pytest.mark.parametrize("folder", ["ops", "passes"])
+def test_links_lead_to_the_folders(folder):
+    assert (ROOT / "flacompile" / folder).resolve() == ROOT / folder
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= LONGEST
+
+
+def test_only_kernels_import_triton():
+    """Elsewhere it is torch that does: registering a triton_op loads Inductor, which loads it."""
+    found = [
+        name_of(path)
+        for path in FILES
+        if path.relative_to(ROOT).parts[0] in LAYERS
+        for module, _ in imports(path)
+        if module.split(".")[0] == "triton" and "kernels" not in path.parts
+    ]
+    assert not found
+
+
+def test_import_is_light():
+    code = "import flacompile, sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert not loaded & {"transformers", "torchao", "matplotlib", "flacompile.ops.kernels"}
