@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from pathlib import Path
 
@@ -104,7 +105,7 @@ class Tokenizer:
             whole = character.encode()
             pieces += [whole] if whole in self.ids else [bytes([b]) for b in whole]
         while True:
-            pairs = [a + b for a, b in zip(pieces, pieces[1:], strict=False)]
+            pairs = [a + b for a, b in itertools.pairwise(pieces)]
             best = max(
                 (i for i, pair in enumerate(pairs) if pair in self.ids),
                 key=lambda i: (self.scores[self.ids[pairs[i]]], -i),
