@@ -239,7 +239,9 @@ class ShortConvolution(nn.Module):
         """
         past = self._empty(x, tokens) if past is None else past.to(x.dtype)
         taps, past = (self._taps if tokens.cu_seqlens is None else self._packed)(x, past, tokens)
-        y = sum(tap * self.weight[:, 0, i] for i, tap in enumerate(taps))
+        y: Tensor = sum(  # type: ignore[assignment]
+            tap * self.weight[:, 0, i] for i, tap in enumerate(taps)
+        )
         y = y if self.bias is None else y + self.bias
         return F.silu(y).to(x.dtype), past
 
@@ -257,6 +259,7 @@ class ShortConvolution(nn.Module):
 
     def _packed(self, x: Tensor, past: Tensor, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
         taps, reach, cu_seqlens = [x], self.size - 1, tokens.cu_seqlens
+        assert cu_seqlens is not None and tokens.segment is not None and tokens.since is not None
         for i in range(1, self.size):  # x_{t-i} from x, or from the state near a start
             shifted = F.pad(x, (0, 0, i, 0))[:, : x.shape[1]]
             old = past[tokens.segment, (tokens.since - i + reach).clamp(max=reach - 1)]

@@ -200,7 +200,9 @@ def swapped(model: nn.Module) -> dict[str, SwappedAttention]:
 @contextmanager
 def routed(model: nn.Module, route: Route) -> Iterator[None]:
     """Inside the block every converted attention answers by this route."""
-    before = [(layer, layer.route) for layer in swapped(model).values()]
+    before: list[tuple[SwappedAttention, Route]] = [
+        (layer, layer.route) for layer in swapped(model).values()
+    ]
     for layer, _ in before:
         layer.route = route
     try:
@@ -227,7 +229,7 @@ def _mixer_class(mixer: str | Mixer.Config) -> tuple[type[Mixer], dict[str, Any]
         return MIXERS[mixer], {}
     for cls in MIXERS.values():
         if type(mixer) is cls.Config:
-            default = cls.Config()
+            default = cls.Config()  # type: ignore[call-arg]
             fields = {f.name: getattr(mixer, f.name) for f in dataclasses.fields(mixer)}
             return cls, {k: v for k, v in fields.items() if v != getattr(default, k)}
     raise ValueError(f"mixer: expected a name or a mixer's Config, got {type(mixer).__name__}")

@@ -55,7 +55,8 @@ class Decode(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        empty = [layer.mixer.init_state(1) for layer in swapped(model).values()]
+        mixers: list[Any] = [layer.mixer for layer in swapped(model).values()]
+        empty = [mixer.init_state(1) for mixer in mixers]
         self.layout = pytree.tree_structure(empty)
 
     def forward(self, token: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -91,16 +92,17 @@ def export(
     path = Path(path)
     _check(model, path)
     model.eval()
-    limit = getattr(model.config, "max_position_embeddings", None)
+    config: Any = model.config
+    limit = getattr(config, "max_position_embeddings", None)
     lengths = [t for t in lengths if limit is None or t < limit]
     with torch.no_grad(), routed(model, "mixer"), hf.unpadded(model):
         progress("trace")
         programs = _trace(model)
-        states = programs["decode"].example_inputs[0][1]
+        states = programs["decode"].example_inputs[0][1]  # type: ignore[index]
         device = next(model.parameters()).device.type
         facts: dict[str, Any] = {
             "state_shapes": [[1, *x.shape[1:]] for x in states],
-            "vocabulary": model.config.vocab_size,
+            "vocabulary": config.vocab_size,
             "device": device,
             "torch": torch.__version__,
             "flacompile": __version__,
@@ -112,7 +114,7 @@ def export(
         files: dict[str, Any] = {}
         for name, program in programs.items():
             progress(name)
-            args, kwargs = program.example_inputs
+            args, kwargs = program.example_inputs  # type: ignore[misc]
             files[name] = torch._inductor.aot_compile(
                 program.module(), args, kwargs, options=options
             )
@@ -154,7 +156,8 @@ def _check(model: nn.Module, path: Path) -> None:
         raise ValueError(
             f"model: expected one that flacompile.convert converted, got {type(model).__name__}"
         )
-    kept = model.config.num_hidden_layers - len(layers)
+    config: Any = model.config
+    kept = config.num_hidden_layers - len(layers)
     if kept:
         raise ValueError(
             f"model: expected every attention converted, got {kept} softmax layers kept; their "
@@ -171,9 +174,9 @@ def _gate(model: nn.Module, package: Path, lengths: Sequence[int]) -> dict[str, 
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     errors = {"prefill": 0.0, "decode": 0.0}
+    config: Any = model.config
     for batch, time in [(1 + i % 2, t) for i, t in enumerate(lengths)]:
-        vocabulary = model.config.vocab_size
-        ids = torch.randint(vocabulary, (batch, time + 1), generator=generator).to(device)
+        ids = torch.randint(config.vocab_size, (batch, time + 1), generator=generator).to(device)
         want = Prefill(model)(ids[:, :-1].contiguous())
         got = prefill(ids[:, :-1].contiguous())
         token = ids[:, -1:].contiguous()

@@ -113,7 +113,8 @@ def run_with_states(
 
     from flacompile.hf_cache import StateLayer
 
-    count = model.config.num_hidden_layers  # type: ignore[union-attr]
+    config: Any = model.config
+    count = config.num_hidden_layers
     slots = [StateLayer(None if states is None else states[i]) for i in range(count)]
     output = model(
         input_ids=ids,

@@ -16,6 +16,7 @@ from flacompile.distill import objectives, report, train
 from flacompile.distill.metrics import Metrics, Score, score
 from flacompile.distill.recipe import Recipe, Stage
 from flacompile.distill.train import Run
+from flacompile.passes.swap_attention import Route
 
 __all__ = ["Metrics", "Recipe", "Score", "Stage", "distill", "score"]
 
@@ -70,7 +71,8 @@ def distill(
     optimizer_state = train.restore(run, recipe, model)
     if optimizer_state is None:
         run.log.unlink(missing_ok=True)
-        for name, route in (("teacher", "original"), ("zero", "zero"), ("fresh", "mixer")):
+        routes: dict[str, Route] = {"teacher": "original", "zero": "zero", "fresh": "mixer"}
+        for name, route in routes.items():
             run.notes[name] = asdict(score(model, teacher, heldout, route=route))
     model.eval()  # dropout would blur the teacher, and a resumed run would need its state
     stages = {"align": (recipe.align, _align), "logits": (recipe.logits, _logits)}
@@ -139,7 +141,8 @@ def _align(model: nn.Module, teacher: nn.Module, recipe: Recipe) -> Any:
 
 
 def _logits(model: nn.Module, teacher: nn.Module, recipe: Recipe) -> Any:
-    base = torch.compile(model.base_model, dynamic=True) if recipe.compile else None
+    body: Any = model.base_model
+    base = torch.compile(body, dynamic=True) if recipe.compile else None
 
     def objective(ids: Tensor) -> float:
         with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flacompile.convert import routed
 from flacompile.distill.objectives import ROWS, Hidden, hidden
+from flacompile.passes.swap_attention import Route
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Metrics:
 
 @torch.no_grad()
 def score(
-    model: nn.Module, teacher: nn.Module, rows: Tensor, *, route: str = "mixer", batch: int = 8
+    model: nn.Module, teacher: nn.Module, rows: Tensor, *, route: Route = "mixer", batch: int = 8
 ) -> Score:
     """Scores a model, by one route of its swapped attentions, against a teacher.
 

@@ -34,7 +34,7 @@ def hidden(model: nn.Module, ids: Tensor, compiled: Any = None) -> Hidden:
     Raises:
         ValueError: the model has no such parts, or its head is more than one linear map.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(head, nn.Linear):
         raise ValueError(
             "model: expected a language model with get_output_embeddings() (transformers' "
@@ -42,7 +42,7 @@ def hidden(model: nn.Module, ids: Tensor, compiled: Any = None) -> Hidden:
         )
     if getattr(model.config, "final_logit_softcapping", None):
         raise ValueError("model: expected a linear head, got final_logit_softcapping in the config")
-    base = model.base_model if compiled is None else compiled
+    base: Any = model.base_model if compiled is None else compiled
     return Hidden(base(ids, use_cache=False).last_hidden_state, head.weight, head.bias)
 
 

@@ -137,7 +137,8 @@ class Attention(QKVMixer):
             last = kept[2].int().argsort(dim=1, stable=True)[:, -self.config.window_size :]
             rows = torch.arange(num_sequences, device=k.device)[:, None]
             kept = [x[rows, last] for x in kept]
-        return AttentionState(*kept, tokens.end)
+        k, v, valid = kept
+        return AttentionState(k, v, valid, tokens.end)
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> AttentionState:
         weight = self.q_proj.weight

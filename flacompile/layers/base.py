@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flacompile.ops import linear_attn, linear_attn_step
 from flacompile.ops.validate import check_shape, expect
+
+if TYPE_CHECKING:
+    from flacompile.passes.sites import AttentionSite, AttentionWeights
 
 
 class RecurrentState(NamedTuple):
@@ -129,6 +132,15 @@ class Mixer(nn.Module):
     @abstractmethod
     def validate_state(self, state: Any, num_sequences: int) -> None:
         """As ``validate``, for the state of that many sequences."""
+
+    @classmethod
+    @abstractmethod
+    def config_for(cls, site: AttentionSite) -> Config:
+        """What a conversion of this attention uses."""
+
+    @abstractmethod
+    def load_attention(self, weights: AttentionWeights) -> None:
+        """Takes over an attention's weights; ``config_for`` made this mixer for it."""
 
     def validate(
         self, x: Tensor, state: Any, mask: Tensor | None, cu_seqlens: Tensor | None

@@ -145,6 +145,7 @@ class GatedLinearAttention(DecayedAttention):
         clamp_min: float | None = None
 
     config: Config
+    gk_proj: nn.Sequential
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -159,7 +160,7 @@ class GatedLinearAttention(DecayedAttention):
 
     @property
     def decay_layer(self) -> nn.Linear:
-        return self.gk_proj[1]
+        return self.gk_proj[1]  # type: ignore[return-value]
 
     @property
     def decay_heads(self) -> int:

@@ -133,7 +133,7 @@ class QKVMixer(Mixer):
     def load_attention(self, weights: AttentionWeights) -> None:
         """Copies an attention's projections and norms; a bias it lacks becomes zero."""
         for name in "qkvo":
-            proj = self.get_submodule(f"{name}_proj")
+            proj: nn.Linear = self.get_submodule(f"{name}_proj")  # type: ignore[assignment]
             _copy(f"{name}_weight", proj.weight, getattr(weights, f"{name}_weight"))
             bias = getattr(weights, f"{name}_bias")
             expect(bias is None or proj.bias is not None, f"{name}_bias", "None", "a tensor")
@@ -143,9 +143,10 @@ class QKVMixer(Mixer):
                 proj.bias.zero_()
         if self.qk_norm is not None:
             for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
-                norm.weight.fill_(1 - norm.offset)  # that of a norm without weight
+                own: Tensor = norm.weight  # type: ignore[assignment]
+                own.fill_(1 - norm.offset)  # that of a norm without weight
                 if (weight := getattr(weights, name)) is not None:
-                    _copy(name, norm.weight, weight)
+                    _copy(name, own, weight)
 
     @torch.no_grad()
     def scale_heads(self, scale: Tensor) -> None:

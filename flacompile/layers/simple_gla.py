@@ -21,6 +21,7 @@ class SimpleGatedLinearAttention(DecayedAttention):
         use_short_conv: bool = True
 
     config: Config
+    gk_proj: nn.Linear
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
