@@ -1,8 +1,10 @@
 # make test: environment, linters, types, docs and every test that needs no GPU.
-# make demo: a Transformer converted, distilled, exported and run; TEACHER=tiny|smollm2 MINUTES=2
+# make demo: a Transformer converted, distilled, exported and run;
+#            TEACHER=tiny|smollm2 MINUTES=1.5 MIXER=simple_gla
 
 TEACHER ?= tiny
-MINUTES ?= 2
+MINUTES ?= 1.5
+MIXER ?= simple_gla
 VENV := .venv
 BIN := $(VENV)/bin
 # The first that starts and is new enough; 3.11 first, as the versions in constraints.txt.
@@ -25,7 +27,8 @@ docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 demo: $(VENV)/.demo $(if $(filter smollm2,$(TEACHER)),$(VENV)/.smollm2)
-	$(BIN)/python docs/examples/demo.py --teacher $(TEACHER) --minutes $(MINUTES)
+	$(BIN)/python docs/examples/demo.py --teacher $(TEACHER) --minutes $(MINUTES) \
+		--mixer $(MIXER)
 
 env: $(VENV)/.dev
 

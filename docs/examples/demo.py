@@ -105,7 +105,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--teacher", choices=sorted(PROMPTS), default="tiny")
     options.add_argument("--minutes", type=float, default=2.0, help="of distillation")
-    options.add_argument("--mixer", default="gla")
+    options.add_argument("--mixer", default="simple_gla", help="gla compiles four times as long")
     options.add_argument("--out", type=Path, default=Path("out"))
     options = options.parse_args()
     began, tokens = time.perf_counter(), 40
