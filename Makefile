@@ -14,8 +14,9 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .PHONY: test lint docs demo env clean
 
+# One thread: the tensors of the tests are small, and on busy cores threads wait for each other.
 test: lint docs
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
 
 lint: env
 	$(BIN)/ruff check .
