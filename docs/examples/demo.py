@@ -8,7 +8,6 @@ Leaves out/ with the model, the package and report.md.
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import json
 import subprocess
@@ -134,7 +133,7 @@ def main() -> None:
     note("distilled", f"share closed {metrics.share_closed:.3f}")
     samples["student"] = sample(model, tokenizer, prompt, tokens)
 
-    student = flacompile.finalize(copy.copy(model))
+    student = flacompile.finalize(model)
     flacompile.save(student, options.out / "model")
     tokenizer.save_pretrained(options.out / "model")
     package = options.out / "model.pt2"
