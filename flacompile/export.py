@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from flacompile import __version__, hf
 from flacompile.convert import routed, swapped
 from flacompile.files import write_atomically
+from flacompile.layers.base import RecurrentMixer
 from flacompile.ops.chunked import CHUNK
 from flacompile.ops.prefix import FANOUT
 from flacompile.passes.decompose import decompose
@@ -162,6 +163,12 @@ def _check(model: nn.Module, path: Path) -> None:
         raise ValueError(
             f"model: expected every attention converted, got {kept} softmax layers kept; their "
             "caches grow and are not exported yet"
+        )
+    growing = [p for p, x in layers.items() if not isinstance(x.mixer, RecurrentMixer)]
+    if growing:
+        raise ValueError(
+            f"model: expected linear mixers, whose states keep their size, got "
+            f"{type(layers[growing[0]].mixer).__name__} in {growing[0]}"
         )
     if path.suffix != ".pt2":
         raise ValueError(f"path: expected a name that ends in .pt2, got {path.name}")

@@ -19,10 +19,10 @@ EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 PROMPT, TOKENS = [3, 1, 4, 1, 5, 9, 2, 6], 12
 
 
-def converted(**options):
+def converted(mixer="simple_gla", **options):
     """A two-layer Llama with grouped keys and room for long prompts, as simple GLA."""
     case = llama(max_position_embeddings=8192)()
-    return flacompile.convert(case.model, mixer="simple_gla", **options)
+    return flacompile.convert(case.model, mixer=mixer, **options)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,7 @@ def test_refusals(tmp_path):
     cases = [
         (plain, path, "model: expected one that flacompile.convert converted"),
         (converted(keep=[0]), path, "1 softmax layers kept"),
+        (converted(mixer="attn"), path, "expected linear mixers.*got Attention in model.layers.0"),
         (converted(), tmp_path / "model.so", "path: expected a name that ends in .pt2"),
     ]
     for model, where, message in cases:
