@@ -1,9 +1,9 @@
 # make test: environment, linters, types, docs and every test that needs no GPU.
 # make demo: a Transformer converted, distilled, exported and run;
-#            TEACHER=tiny|smollm2 MINUTES=1.5 MIXER=simple_gla
+#            TEACHER=smollm2|tiny MIXER=simple_gla MINUTES= of distillation
 
-TEACHER ?= tiny
-MINUTES ?= 1.5
+TEACHER ?= smollm2
+MINUTES ?= $(if $(filter tiny,$(TEACHER)),1.5,3)
 MIXER ?= simple_gla
 VENV := .venv
 BIN := $(VENV)/bin

@@ -80,9 +80,9 @@ def read_model(path: str) -> tuple[Any, Any]:
     where, options = (file, {}) if file.is_dir() else (file.parent, {"gguf_file": file.name})
     model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
     if options:  # a GGUF file is read into plain fp32 weights, and may be saved as such
-        model.hf_quantizer = None
+        vars(model).pop("hf_quantizer", None)
         for name in ("quantization_config", "_pre_quantization_dtype"):
-            model.config.__dict__.pop(name, None)
+            vars(model.config).pop(name, None)
     return model.eval(), AutoTokenizer.from_pretrained(where, **options)
 
 
