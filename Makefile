@@ -1,8 +1,8 @@
 # make test: environment, linters, types, docs and every test that needs no GPU.
 # make demo: a Transformer converted, distilled, exported and run;
-#            TEACHER=smollm2|tiny MIXER=simple_gla MINUTES= of distillation
+#            TEACHER=tiny|smollm2 MIXER=simple_gla MINUTES= of distillation
 
-TEACHER ?= smollm2
+TEACHER ?= tiny
 MINUTES ?= $(if $(filter tiny,$(TEACHER)),1.5,3)
 MIXER ?= simple_gla
 VENV := .venv

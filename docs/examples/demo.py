@@ -60,12 +60,12 @@ def recipe_of(name: str, minutes: float) -> Recipe:
     """A third of the time aligns the mixers; SmolLM2's rows are fewer, its rates lower."""
     small = name == "smollm2"
     return Recipe(
-        align=Stage(steps=5000, minutes=minutes / 3, mixer_lr=1e-3 if small else 3e-3),
+        align=Stage(steps=5000, minutes=minutes / 3, mixer_lr=1e-4 if small else 3e-3),
         logits=Stage(
             steps=5000,
             minutes=minutes * 2 / 3,
-            mixer_lr=3e-4 if small else 1e-3,
-            rest_lr=3e-5 if small else 3e-4,
+            mixer_lr=1e-4 if small else 1e-3,
+            rest_lr=1e-5 if small else 3e-4,
         ),
         batch_size=2 if small else 16,
         eval_tokens=1024 if small else 8192,
