@@ -22,12 +22,7 @@ from flacompile.passes.capture import (
 )
 from flacompile.passes.find_attention import find_attention
 from flacompile.passes.sites import AttentionSite, Rejected, describe_site
-from flacompile.passes.swap_attention import (
-    PlainConvention,
-    Route,
-    SwappedAttention,
-    swap_attention,
-)
+from flacompile.passes.swap_attention import PlainConvention, swap_attention, swapped
 from flacompile.passes.verify import rebuild
 
 EXAMPLE = (4, 128)  # rows and tokens of random ids, where the user gives no example
@@ -190,26 +185,6 @@ def finalize(model: nn.Module) -> nn.Module:
     for layer in swapped(model).values():
         layer.original, layer.route = None, "mixer"
     return model
-
-
-def swapped(model: nn.Module) -> dict[str, SwappedAttention]:
-    """Every converted attention of a model by its path, in order."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, SwappedAttention)}
-
-
-@contextmanager
-def routed(model: nn.Module, route: Route) -> Iterator[None]:
-    """Inside the block every converted attention answers by this route."""
-    before: list[tuple[SwappedAttention, Route]] = [
-        (layer, layer.route) for layer in swapped(model).values()
-    ]
-    for layer, _ in before:
-        layer.route = route
-    try:
-        yield
-    finally:
-        for layer, old in before:
-            layer.route = old
 
 
 @torch.no_grad()

@@ -24,12 +24,12 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from flacompile import __version__, hf
-from flacompile.convert import routed, swapped
 from flacompile.files import write_atomically
 from flacompile.layers.base import RecurrentMixer
 from flacompile.ops.chunked import CHUNK
 from flacompile.ops.prefix import FANOUT
 from flacompile.passes.decompose import decompose
+from flacompile.passes.swap_attention import routed, swapped
 
 SPAN = CHUNK * FANOUT  # tokens that one fold of the CPU form covers
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, SPAN + 1)  # where the gate compares values

@@ -16,7 +16,13 @@ from flacompile.blocks import QKNorm, Rotary
 from flacompile.files import write_atomically
 from flacompile.layers import MIXERS
 from flacompile.passes.sites import AttentionSite
-from flacompile.passes.swap_attention import Call, PlainConvention, SwappedAttention
+from flacompile.passes.swap_attention import (
+    Call,
+    PlainConvention,
+    SwappedAttention,
+    student_state,
+    swapped,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,7 +135,7 @@ def run_with_states(
 @contextmanager
 def unpadded(model: nn.Module) -> Iterator[None]:
     """Inside the block no token is padding: masks, quadratic in T, are not looked at."""
-    layers = [m for m in model.modules() if isinstance(m, SwappedAttention)]
+    layers = swapped(model).values()
     before = [layer.convention for layer in layers]
     for layer in layers:
         if isinstance(layer.convention, TransformersConvention):
@@ -146,7 +152,7 @@ def save(model: PreTrainedModel, path: str | Path) -> None:
 
     The teacher is left out. ``load`` brings the model back.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, SwappedAttention)}
+    layers = swapped(model)
     if not layers:
         raise ValueError(f"model: expected a converted model, got {type(model).__name__}")
     recipe: dict[str, Any] = {}
@@ -156,8 +162,7 @@ def save(model: PreTrainedModel, path: str | Path) -> None:
         convention = dataclasses.asdict(layer.convention)  # type: ignore[call-overload]
         recipe[name] = {"mixer": kind, "config": config, "convention": convention}
     path = Path(path)
-    state = {k: v for k, v in model.state_dict().items() if ".original." not in k}
-    model.save_pretrained(path, state_dict=state)
+    model.save_pretrained(path, state_dict=student_state(model))
     text = json.dumps({"layers": recipe}, indent=1)
     write_atomically(path / RECIPE, lambda partial: partial.write_text(text))
 

@@ -133,19 +133,12 @@ def _sequence(
     return chunked(q, k, v, gk, gv, state, scale=scale, chunk=chunk, levels=levels)
 
 
+@torch.autocast("cpu", enabled=False)  # sums are fp32, whatever the caller's context
 def _run_cpu(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
     cu_seqlens: Tensor | None, scale: float, reverse: bool,
 ) -> Pair:  # fmt: skip
     """Every sequence by ``chunked``; o in the dtype of the state."""
-    with torch.autocast("cpu", enabled=False):  # sums are fp32, whatever the caller's context
-        return _sequences(q, k, v, gk, gv, state, cu_seqlens, scale, reverse)
-
-
-def _sequences(
-    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
-    cu_seqlens: Tensor | None, scale: float, reverse: bool,
-) -> Pair:  # fmt: skip
     bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     states = [state] if cu_seqlens is None else list(state.split(1))
     outputs, finals = [], []
@@ -154,7 +147,7 @@ def _sequences(
         if reverse:  # position t takes the decay of t + 1, the last position none
             span = [x if x is None else x.flip(1) for x in span]
             span[3:] = [x if x is None else _delay(x) for x in span[3:]]
-        o, final = _sequence(*span, start, scale)  #
+        o, final = _sequence(*span, start, scale)
         outputs.append(o.flip(1) if reverse else o)
         finals.append(final)
     return torch.cat(outputs, 1), torch.cat(finals)
@@ -166,12 +159,14 @@ def _delay(g: Tensor) -> Tensor:
 
 def _run_cuda(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
-    cu_seqlens: Tensor | None, scale: float, reverse: bool,
+    cu_seqlens: Tensor | None, scale: float, reverse: bool, out_dtype: torch.dtype | None = None,
 ) -> Pair:  # fmt: skip
+    """Every sequence by the kernels; o in ``out_dtype``, or the dtype of the state."""
     from flacompile.ops.kernels import linear_attn as kernels
 
+    out_dtype = state.dtype if out_dtype is None else out_dtype
     return kernels.linear_attn_forward(
-        q, k, v, gk, gv, state, cu_seqlens, scale, reverse, out_dtype=state.dtype
+        q, k, v, gk, gv, state, cu_seqlens, scale, reverse, out_dtype=out_dtype
     )
 
 
@@ -191,11 +186,7 @@ def _forward_cuda(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
     cu_seqlens: Tensor | None, scale: float,
 ) -> Pair:  # fmt: skip
-    from flacompile.ops.kernels import linear_attn as kernels
-
-    return kernels.linear_attn_forward(
-        q, k, v, gk, gv, state, cu_seqlens, scale, False, out_dtype=v.dtype
-    )
+    return _run_cuda(q, k, v, gk, gv, state, cu_seqlens, scale, False, v.dtype)
 
 
 def _forward_fake(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -137,3 +139,28 @@ def restore_attention(model: nn.Module, site: AttentionSite) -> nn.Module:
         parameter.requires_grad_(True)
     model.set_submodule(site.path, swapped.original, strict=True)
     return swapped.original
+
+
+def swapped(model: nn.Module) -> dict[str, SwappedAttention]:
+    """Every converted attention of a model by its path, in order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SwappedAttention)}
+
+
+@contextmanager
+def routed(model: nn.Module, route: Route) -> Iterator[None]:
+    """Inside the block every converted attention answers by this route."""
+    before: list[tuple[SwappedAttention, Route]] = [
+        (layer, layer.route) for layer in swapped(model).values()
+    ]
+    for layer, _ in before:
+        layer.route = route
+    try:
+        yield
+    finally:
+        for layer, old in before:
+            layer.route = old
+
+
+def student_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors without the attention that was kept aside."""
+    return {k: v for k, v in model.state_dict().items() if ".original." not in k}

@@ -10,7 +10,7 @@ from models import MODELS, VOCAB
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flacompile
-from flacompile.convert import swapped
+from flacompile.passes.swap_attention import swapped
 
 CASES = {
     "llama gla": ("llama", "gla"),

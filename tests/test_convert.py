@@ -10,9 +10,10 @@ from models import LAYERS, MODELS, REJECTED, VOCAB, llama
 
 import flacompile
 from flacompile.calibrate import relative_error
-from flacompile.convert import report, routed, swapped
+from flacompile.convert import report
 from flacompile.distill.objectives import attention_io
 from flacompile.layers import MIXERS, Attention, GatedLinearAttention
+from flacompile.passes.swap_attention import routed, swapped
 
 LINEAR = sorted(set(MIXERS) - {"attn"})
 TRANSFORMERS = [name for name in MODELS if not name.startswith("handwritten")]

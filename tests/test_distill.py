@@ -15,10 +15,10 @@ from models import MODELS, VOCAB, llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flacompile
-from flacompile.convert import routed, swapped
 from flacompile.distill import Recipe, Stage, objectives, train
 from flacompile.distill.data import batch, read_tokens, split
 from flacompile.files import write_atomically
+from flacompile.passes.swap_attention import routed, swapped
 
 TEACHER = Path(__file__).parent / "teacher"
 TINY = Recipe(

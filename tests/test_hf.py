@@ -13,9 +13,9 @@ from models import MODELS, VOCAB, llama
 from transformers import DynamicCache
 
 import flacompile
-from flacompile.convert import swapped
 from flacompile.hf_cache import StateLayer
 from flacompile.layers import MIXERS
+from flacompile.passes.swap_attention import swapped
 
 NEW = 8
 PAIRS = [

@@ -58,7 +58,7 @@ def test_teacher_is_read_correctly(teacher, validation):
 
 @pytest.mark.parametrize("mixer", ["gla"])
 def test_student_closes_nine_tenths_of_the_gap(teacher, tokenizer, validation, mixer, tmp_path):
-    from flacompile.convert import routed
+    from flacompile.passes.swap_attention import routed
 
     tokens = read_tokens(DATA / "tinystories_train_head_944k.txt", tokenizer)
     upper = nll(teacher, validation)

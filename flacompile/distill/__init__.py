@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flacompile.convert import routed, swapped
 from flacompile.distill import data as tokens_of
 from flacompile.distill import objectives, report, train
 from flacompile.distill.metrics import Metrics, Score, score
 from flacompile.distill.recipe import Recipe, Stage
 from flacompile.distill.train import Run
-from flacompile.passes.swap_attention import Route
+from flacompile.passes.swap_attention import Route, routed, swapped
 
 __all__ = ["Metrics", "Recipe", "Score", "Stage", "distill", "score"]
 

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flacompile.convert import routed
 from flacompile.distill.objectives import ROWS, Hidden, hidden
-from flacompile.passes.swap_attention import Route
+from flacompile.passes.swap_attention import Route, routed
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flacompile.convert import routed, swapped
 from flacompile.passes.capture import record_calls, without_cache
+from flacompile.passes.swap_attention import routed, swapped
 
 ROWS = 1024  # positions whose logits over the vocabulary are held at once
 

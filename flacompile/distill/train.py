@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flacompile.distill import checkpoint, data
 from flacompile.distill.recipe import Recipe, Stage
+from flacompile.passes.swap_attention import student_state
 
 PROBE = 3  # steps after which a stage with a time limit knows its number of steps
 SLOWER = 0.9  # the share of that number below which a machine that slowed down shortens the stage
@@ -51,11 +52,6 @@ def learning_rate(share: float, warmup: float) -> float:
     if share < warmup:
         return share / warmup
     return 0.55 + 0.45 * math.cos(math.pi * (share - warmup) / (1 - warmup))
-
-
-def student_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors without the attention that convert kept aside."""
-    return {k: v for k, v in model.state_dict().items() if ".original." not in k}
 
 
 def save(run: Run, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
