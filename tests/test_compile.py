@@ -19,6 +19,8 @@ CASES = {
     "handwritten gla": ("handwritten", "gla"),
 }
 LENGTHS = (32, 48, 70, 123)
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])]
 
 
 @pytest.fixture(autouse=True)
@@ -54,14 +56,15 @@ def same(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "mixer"), CASES.values(), ids=CASES)
-def test_training_compiled_is_training_eagerly(name, mixer):
-    eager = convert(name, mixer)
+def test_training_compiled_is_training_eagerly(name, mixer, device):
+    eager = convert(name, mixer).to(device)
     other = copy.deepcopy(eager)
     compiled = torch.compile(other, fullgraph=True)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-3) for m in (eager, other)]
     for time in (40, 40):
-        ids = ids_of(time)
+        ids = ids_of(time).to(device)
         same(logits(compiled, ids), logits(eager, ids), "logits")
         for model in (eager, compiled):
             loss_of(model, ids).backward()

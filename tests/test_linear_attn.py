@@ -111,15 +111,23 @@ def test_packed_is_separate(kinds):
             assert (a.grad - b.grad).abs().max() < 1e-10 * (1 + b.grad.abs().max())
 
 
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])])
 @pytest.mark.parametrize("kinds", [(None, None), ("head", None), ("channel", "channel")])
-def test_opcheck(kinds):
-    args = leaves(draw(70, kinds, dtype=torch.float32, strength=0.1))
-    for op in (torch.ops.flacompile.linear_attn_forward.default,):
-        torch.library.opcheck(op, (*args, None, 0.4))
-    q, k, v, gk, gv, state = draw(70, kinds, dtype=torch.float32, strength=0.1)
-    o, final = linear_attn(q, k, v, gk, gv, state=state)
-    inputs = (q, k, v, gk, gv, state, None, 0.4, o, final, o, final)
-    torch.library.opcheck(torch.ops.flacompile.linear_attn_backward.default, inputs)
+def test_opcheck(kinds, device):
+    suffix = "_cuda" if device == "cuda" else ""
+    forward, backward = (
+        getattr(torch.ops.flacompile, f"linear_attn_{name}{suffix}").default
+        for name in ("forward", "backward")
+    )
+    args = [
+        x if x is None else x.to(device) for x in draw(70, kinds, dtype=torch.float32, strength=0.1)
+    ]
+    torch.library.opcheck(forward, (*leaves(args), None, 0.4))
+    o, final = linear_attn(*args[:5], state=args[5])
+    torch.library.opcheck(backward, (*args, None, 0.4, o, final, o, final))
 
 
 def test_compiled_equals_eager():
