@@ -81,15 +81,16 @@ def look_back(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def head_scales(mixer: Any, x: Tensor, y: Tensor) -> Tensor:
     """argmin over s [H] of ||sum_h s_h o_h - y||^2, with o_h what head h adds to the output."""
     seen: list[Tensor] = []
-    hook = mixer.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hook = mixer.output_layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         mixer(x)
     finally:
         hook.remove()
-    heads = mixer.config.num_heads
+    heads = mixer.output_heads
     mixed = seen[0].flatten(0, 1).unflatten(-1, (heads, -1)).double()  # [B T, H, V]
-    weight = mixer.o_proj.weight.double().unflatten(1, (heads, -1))  # [D, H, V]
-    bias = 0.0 if mixer.o_proj.bias is None else mixer.o_proj.bias.double()
+    layer = mixer.output_layer
+    weight = layer.weight.double().unflatten(1, (heads, -1))  # [D, H, V]
+    bias = 0.0 if layer.bias is None else layer.bias.double()
     outputs = torch.einsum("thv,dhv->thd", mixed, weight)
     target = y.flatten(0, 1).double() - bias
     gram = torch.einsum("thd,tgd->hg", outputs, outputs)

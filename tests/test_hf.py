@@ -137,7 +137,7 @@ def test_cache_of_another_model_is_refused(converted):
     expected = {
         "softmax keys": "past_key_values: expected an empty cache or one of this model",
         "another mixer": "state: expected RecurrentState, got AttentionState",
-        "another batch": "state.recurrent: expected shape",
+        "another batch": "state.position: expected shape",
     }
     for name, cache in foreign.items():
         with pytest.raises(ValueError, match=expected[name]):

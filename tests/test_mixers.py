@@ -6,51 +6,18 @@ import math
 
 import pytest
 import torch
+from mixer_cases import PUBLISHED, variants
 from mixer_inputs import HALVES, WIDTH, close, draw
 from textbook import TEXTBOOK
 
-from flacompile.blocks import QKNorm, Rotary
+from flacompile.blocks import Rotary
 from flacompile.layers import MIXERS, cu_seqlens_from_mask, pad, unpad
+from flacompile.layers.qkv import QKVMixer
 
-PAIRS = Rotary.Config(inv_freq=(1.0, 0.1), interleaved=True, factor=1.2)
-SHARED = {
-    "plain": {},
-    "grouped": {"num_kv_heads": 2},
-    "one_key_head": {"num_kv_heads": 1, "rotary": HALVES},
-    "interleaved": {"rotary": PAIRS},
-    "converted": {"head_dim": 8, "qkv_bias": True, "o_bias": True, "scale": 0.3, "num_kv_heads": 2},
-    "qk_norm": {"qk_norm": QKNorm(1e-6, True, 1.0), "rotary": HALVES},
-    "qk_norm_wide": {"qk_norm": QKNorm(1e-6, False), "num_kv_heads": 2},
-}
-OF_ITS_OWN = {
-    "attn": {
-        "window": {"window_size": 5, "num_kv_heads": 2},
-        "no_rotary": {"rope_theta": None},
-        "qk_norm_default": {"qk_norm": True},
-    },
-    "gla": {
-        "conv": {"use_short_conv": True, "num_kv_heads": 2, "rotary": HALVES},
-        "conv_bias": {"use_short_conv": True, "conv_bias": True, "conv_size": 2},
-        "bare": {"use_output_gate": False, "output_norm": False},
-        "norm_alone": {"use_output_gate": False},
-        "sigmoid_gate": {"gate_fn": "sigmoid", "feature_map": "relu", "clamp_min": -0.05},
-    },
-    "simple_gla": {
-        "no_conv": {"use_short_conv": False, "num_kv_heads": 2},
-        "bare": {"use_short_conv": False, "use_output_gate": False, "output_norm": False},
-    },
-    "linear_attn": {
-        "hedgehog": {"feature_map": "hedgehog", "do_feature_map_norm": True, "rotary": HALVES},
-        "elu": {"feature_map": "elu", "do_feature_map_norm": True, "output_norm": "identity"},
-        "t2r": {"feature_map": "t2r", "norm_q": True, "norm_k": True},
-        "dpfp": {"feature_map": "dpfp", "norm_k": True},
-        "tied": {"tie_feature_map_qk": True},
-    },
-}
 CASES = [
     pytest.param(name, fields, id=f"{name}-{case}")
     for name in MIXERS
-    for case, fields in (SHARED | OF_ITS_OWN.get(name, {})).items()
+    for case, fields in variants(name).items()
 ]
 over_cases = pytest.mark.parametrize(("name", "fields"), CASES)
 over_mixers = pytest.mark.parametrize("name", MIXERS)
@@ -59,10 +26,18 @@ over_mixers = pytest.mark.parametrize("name", MIXERS)
 def build(name: str, fields: dict | None = None, dtype=torch.float64):
     torch.manual_seed(0)
     cls = MIXERS[name]
-    mixer = cls(cls.Config(**({"hidden_size": WIDTH, "num_heads": 4} | (fields or {}))))
+    heads = {"num_heads": 4} if issubclass(cls, QKVMixer) else {}
+    mixer = cls(cls.Config(**({"hidden_size": WIDTH} | heads | (fields or {}))))
     for parameter in mixer.parameters():  # so that no weight is one and no bias zero
         torch.nn.init.normal_(parameter, parameter.mean().item(), 0.3)
     return mixer.to(dtype)
+
+
+def first(name: str) -> dict:
+    """The config of a mixer that is compiled: grouped heads and rotary where it has them."""
+    if issubclass(MIXERS[name], QKVMixer):
+        return {"num_kv_heads": 2, "rotary": HALVES}
+    return next(iter(variants(name).values()))
 
 
 def row(state, i: int):
@@ -72,7 +47,7 @@ def row(state, i: int):
 
 def continues_alike(mixer, a, b) -> bool:
     """Whether two states give the same outputs from here on."""
-    x = draw(a.position.shape[0], 4, mixer.o_proj.weight.dtype)
+    x = draw(a.position.shape[0], 4, next(mixer.parameters()).dtype)
     return bool((a.position == b.position).all()) and close(mixer(x, a)[0], mixer(x, b)[0])
 
 
@@ -178,7 +153,7 @@ def test_padding_takes_no_gradient(name):
 @over_mixers
 def test_compiled_is_eager(name):
     torch._dynamo.reset()
-    mixer = build(name, {"num_kv_heads": 2, "rotary": HALVES}, torch.float32)
+    mixer = build(name, first(name), torch.float32)
     compiled = torch.compile(mixer, fullgraph=True, dynamic=True)
     for time in (50, 77):
         x = draw(2, time, torch.float32).requires_grad_()
@@ -194,7 +169,7 @@ def test_compiled_is_eager(name):
 @over_mixers
 def test_step_compiles(name):
     torch._dynamo.reset()
-    mixer = build(name, {"num_kv_heads": 2, "rotary": HALVES}, torch.float32)
+    mixer = build(name, first(name), torch.float32)
     x, state = draw(2, 9, torch.float32), mixer(draw(2, 8, torch.float32))[1]
     step = torch.compile(mixer.step, fullgraph=True)
     assert close(step(x[:, 0], state), mixer.step(x[:, 0], state))
@@ -203,38 +178,13 @@ def test_step_compiles(name):
 @over_mixers
 def test_half_precision(name):
     """bf16 parameters: outputs bf16, recurrent states fp32, rotary frequencies fp32."""
-    exact = build(name, {"rotary": HALVES})
-    mixer = build(name, {"rotary": HALVES}, torch.bfloat16)
+    exact, mixer = build(name, first(name)), build(name, first(name), torch.bfloat16)
     y, state = mixer(draw(2, 30).bfloat16())
-    assert y.dtype == torch.bfloat16 and mixer.rotary.inv_freq.dtype == torch.float32
+    assert y.dtype == torch.bfloat16
     assert (y - exact(draw(2, 30))[0]).norm() < 0.05 * y.norm()
-    assert getattr(state, "recurrent", state.k if name == "attn" else None).dtype == (
-        torch.bfloat16 if name == "attn" else torch.float32
-    )
+    assert all(x.dtype == torch.float32 for x in getattr(state, "recurrent", ()))
+    assert all(m.inv_freq.dtype == torch.float32 for m in mixer.modules() if isinstance(m, Rotary))
     assert mixer.step(draw(2, 1)[:, 0].bfloat16(), state)[0].dtype == torch.bfloat16
-
-
-# Names and shapes of the published layers at their defaults, D = 1024 (attn 2048).
-D = 1024
-PUBLISHED = {
-    "attn": {f"{name}_proj.weight": (2048, 2048) for name in "qkvo"},
-    "gla": {
-        "q_proj.weight": (512, D), "k_proj.weight": (512, D), "v_proj.weight": (D, D),
-        "g_proj.weight": (D, D), "gk_proj.0.weight": (16, D), "gk_proj.1.weight": (512, 16),
-        "gk_proj.1.bias": (512,), "o_proj.weight": (D, D), "g_norm_swish_gate.weight": (256,),
-    },
-    "simple_gla": {
-        **{f"{name}_proj.weight": (D, D) for name in "qkvgo"},
-        **{f"{name}_conv1d.weight": (D, 1, 4) for name in "qkv"},
-        "gk_proj.weight": (4, D), "gk_proj.bias": (4,), "g_norm_swish_gate.weight": (256,),
-    },
-    "linear_attn": {
-        **{f"{name}_proj.weight": (D, D) for name in "qkvo"},
-        **{f"feature_map_{s}.layer{i}.weight": (128, 128) for s in "qk" for i in (1, 2)},
-        **{f"feature_map_{s}.layer{i}.bias": (128,) for s in "qk" for i in (1, 2)},
-        "norm.weight": (128,),
-    },
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -271,8 +221,9 @@ def test_bad_input(name):
 
 def test_bad_recurrent_dtype():
     mixer = build("gla", dtype=torch.float32)
-    state = mixer.init_state(2)._replace(recurrent=mixer.init_state(2).recurrent.bfloat16())
-    with pytest.raises(ValueError, match=r"state\.recurrent: expected torch\.float32"):
+    state = mixer.init_state(2)
+    state = state._replace(recurrent=(state.recurrent[0].bfloat16(),))
+    with pytest.raises(ValueError, match=r"state\.recurrent\[0\]: expected torch\.float32"):
         mixer(draw(2, 3, torch.float32), state)
 
 

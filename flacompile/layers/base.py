@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 class RecurrentState(NamedTuple):
     """What a recurrent mixer carries from call to call.
 
-    recurrent [N, H, K, V] fp32; conv, the last inputs of each short convolution [N, W - 1, C], or
-    (); position [N] int64, the number of tokens seen.
+    recurrent, what the primitive carries, fp32, most often one [N, H, K, V]; conv, the last inputs
+    of each short convolution [N, W - 1, C], or (); position [N] int64, the number of tokens seen.
     """
 
-    recurrent: Tensor
+    recurrent: tuple[Tensor, ...]
     conv: tuple[Tensor, ...]
     position: Tensor
 
@@ -142,6 +142,23 @@ class Mixer(nn.Module):
     def load_attention(self, weights: AttentionWeights) -> None:
         """Takes over an attention's weights; ``config_for`` made this mixer for it."""
 
+    @property
+    def output_layer(self) -> nn.Linear:
+        """The last projection; its columns stand in the order of the heads."""
+        return self.o_proj  # type: ignore[return-value]
+
+    @property
+    def output_heads(self) -> int:
+        """Number of heads that ``output_layer`` adds up."""
+        return self.config.num_heads  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def scale_heads(self, scale: Tensor) -> None:
+        """Multiplies what each head adds to the output by scale [H], in ``output_layer``."""
+        check_shape("scale", scale, (self.output_heads,))
+        weight = self.output_layer.weight
+        weight.mul_(scale.to(weight).repeat_interleave(weight.shape[1] // self.output_heads))
+
     def validate(
         self, x: Tensor, state: Any, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> None:
@@ -172,18 +189,18 @@ class Mixer(nn.Module):
 
 
 class RecurrentMixer(Mixer):
-    """A mixer whose state is a matrix a head. Subclasses define project, output and the shapes.
+    """A mixer whose state has a fixed size. Subclasses define project, output and the shapes.
 
     ``mix`` and ``mix_step`` call ``linear_attn``, with inputs (q, k, v, gk, gv) or fewer; a mixer
-    of another primitive overrides both.
+    of another primitive overrides both. What else ``output`` needs may stand after them.
     """
 
     scale: float | None = None
 
     @property
     @abstractmethod
-    def recurrent_shape(self) -> tuple[int, int, int]:
-        """(H, K, V)."""
+    def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each recurrent tensor for one sequence, most often one (H, K, V)."""
 
     @property
     def conv_shapes(self) -> tuple[tuple[int, int], ...]:
@@ -197,18 +214,26 @@ class RecurrentMixer(Mixer):
         """x [B, T, D] -> the inputs of ``mix``, inert at padding, and the next conv state."""
 
     @abstractmethod
-    def output(self, o: Tensor, x: Tensor) -> Tensor:
-        """o [B, T, H, V] and the mixer's input x -> y [B, T, D]."""
+    def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """o [B, T, H, V], the mixer's input x and those of ``mix`` -> y [B, T, D]."""
 
     def mix(
-        self, inputs: tuple[Tensor, ...], state: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Inputs [B, T, H, *] -> o [B, T, H, V] and the state."""
-        return linear_attn(*inputs, scale=self.scale, state=state, cu_seqlens=cu_seqlens)
+        self,
+        inputs: tuple[Tensor, ...],
+        state: tuple[Tensor, ...] | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Inputs [B, T, H, *] -> o [B, T, H, V] and the recurrent state."""
+        first = None if state is None else state[0]
+        o, last = linear_attn(*inputs[:5], scale=self.scale, state=first, cu_seqlens=cu_seqlens)
+        return o, (last,)
 
-    def mix_step(self, inputs: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs [B, H, *] -> o [B, H, V] and the state."""
-        return linear_attn_step(*inputs, scale=self.scale, state=state)
+    def mix_step(
+        self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Inputs [B, H, *] -> o [B, H, V] and the recurrent state."""
+        o, last = linear_attn_step(*inputs[:5], scale=self.scale, state=state[0])
+        return o, (last,)
 
     def sequence(
         self, x: Tensor, state: RecurrentState | None, tokens: Tokens
@@ -216,7 +241,7 @@ class RecurrentMixer(Mixer):
         conv, recurrent = (None, None) if state is None else (state.conv, state.recurrent)
         inputs, conv = self.project(x, conv, tokens)
         o, recurrent = self.mix(inputs, recurrent, tokens.cu_seqlens)
-        return self.output(o, x), RecurrentState(recurrent, conv, tokens.end)
+        return self.output(o, x, inputs), RecurrentState(recurrent, conv, tokens.end)
 
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         self.validate_step(x, state)
@@ -224,14 +249,18 @@ class RecurrentMixer(Mixer):
         tokens = Tokens.of(x, state.position, None, None)
         inputs, conv = self.project(x, state.conv, tokens)
         o, recurrent = self.mix_step(tuple(i[:, 0] for i in inputs), state.recurrent)
-        return self.output(o[:, None], x)[:, 0], RecurrentState(recurrent, conv, tokens.end)
+        y = self.output(o[:, None], x, inputs)[:, 0]
+        return y, RecurrentState(recurrent, conv, tokens.end)
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> RecurrentState:
         weight = next(self.parameters())
         device = weight.device if device is None else device
         accumulator = torch.promote_types(weight.dtype, torch.float32)
         return RecurrentState(
-            torch.zeros(batch_size, *self.recurrent_shape, dtype=accumulator, device=device),
+            tuple(
+                torch.zeros(batch_size, *shape, dtype=accumulator, device=device)
+                for shape in self.recurrent_shapes
+            ),
             tuple(
                 torch.zeros(batch_size, *shape, dtype=weight.dtype, device=device)
                 for shape in self.conv_shapes
@@ -240,17 +269,17 @@ class RecurrentMixer(Mixer):
         )
 
     def validate_state(self, state: RecurrentState, num_sequences: int) -> None:
-        check_shape("state.recurrent", state.recurrent, (num_sequences, *self.recurrent_shape))
-        accumulator = torch.promote_types(next(self.parameters()).dtype, torch.float32)
-        dtype = state.recurrent.dtype
-        expect(dtype == accumulator, "state.recurrent", str(accumulator), dtype)
         check_shape("state.position", state.position, (num_sequences,))
-        shapes = self.conv_shapes
-        expect(
-            len(state.conv) == len(shapes), "state.conv", f"{len(shapes)} tensors", len(state.conv)
-        )
-        for i, (conv, shape) in enumerate(zip(state.conv, shapes, strict=True)):
-            check_shape(f"state.conv[{i}]", conv, (num_sequences, *shape))
+        accumulator = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+        for name, parts, shapes in (
+            ("state.recurrent", state.recurrent, self.recurrent_shapes),
+            ("state.conv", state.conv, self.conv_shapes),
+        ):
+            expect(len(parts) == len(shapes), name, f"{len(shapes)} tensors", len(parts))
+            for i, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+                check_shape(f"{name}[{i}]", part, (num_sequences, *shape))
+        for i, part in enumerate(state.recurrent):
+            expect(part.dtype == accumulator, f"state.recurrent[{i}]", str(accumulator), part.dtype)
 
 
 def repeat_heads(x: Tensor, num_heads: int) -> Tensor:

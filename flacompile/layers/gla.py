@@ -65,8 +65,8 @@ class DecayedAttention(QKVMixer, RecurrentMixer):
             setattr(self, self.norm_name, norm)
 
     @property
-    def recurrent_shape(self) -> tuple[int, int, int]:
-        return self.config.num_heads, self.key_dim, self.value_dim
+    def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.config.num_heads, self.key_dim, self.value_dim),)
 
     def decay(self, x: Tensor) -> Tensor:
         """g [B, T, H] or [B, T, H, K], the log decay in fp32."""
@@ -91,7 +91,7 @@ class DecayedAttention(QKVMixer, RecurrentMixer):
         k, v, g = (repeat_heads(i, self.config.num_heads) for i in (k, v, g))
         return (q, k, v, g), conv
 
-    def output(self, o: Tensor, x: Tensor) -> Tensor:
+    def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         if self.config.output_norm:
             o = self.get_submodule(self.norm_name)(o)
         o = o.flatten(2)

@@ -59,9 +59,9 @@ class LinearAttention(QKVMixer, RecurrentMixer):
         )
 
     @property
-    def recurrent_shape(self) -> tuple[int, int, int]:
+    def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
         value_dim = self.value_dim + self.config.do_feature_map_norm
-        return self.config.num_heads, self.feature_dim, value_dim
+        return ((self.config.num_heads, self.feature_dim, value_dim),)
 
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
@@ -75,7 +75,7 @@ class LinearAttention(QKVMixer, RecurrentMixer):
         k, v = (repeat_heads(i, self.config.num_heads) for i in (tokens.zero_padding(k), v))
         return (q, k, v), conv
 
-    def output(self, o: Tensor, x: Tensor) -> Tensor:
+    def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         if self.config.do_feature_map_norm:
             o = o[..., :-1] / (o[..., -1:] + 1e-10)
         return self.o_proj(self.norm(o).flatten(2))

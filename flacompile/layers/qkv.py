@@ -148,13 +148,6 @@ class QKVMixer(Mixer):
                 if (weight := getattr(weights, name)) is not None:
                     _copy(name, own, weight)
 
-    @torch.no_grad()
-    def scale_heads(self, scale: Tensor) -> None:
-        """Multiplies what each head adds to the output by scale [H], in o_proj."""
-        check_shape("scale", scale, (self.config.num_heads,))
-        columns = scale.to(self.o_proj.weight).repeat_interleave(self.value_dim)
-        self.o_proj.weight.mul_(columns)
-
 
 def _qk_norm(q: NormSite | None, k: NormSite | None) -> QKNorm | None:
     kinds = [None if n is None else QKNorm(n.eps, n.per_head, n.offset) for n in (q, k)]
