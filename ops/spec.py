@@ -63,3 +63,127 @@ def linear_attn(
         o[t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
     o = torch.stack(o, 1) if T else torch.zeros_like(v)
     return o * (K**-0.5 if scale is None else scale), S
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    scale: float | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule.
+
+    S = diag(e^g_t) S_{t-1},   S_t = S + beta_t k_t (v_t - k_t S)^T,   o_t = scale * q_t S_t
+
+    Args:
+        q, k: [B, T, H, K].
+        v: [B, T, H, V].
+        g: natural-log decay, [B, T, H] or [B, T, H, K]; default none.
+        beta: [B, T, H].
+        scale, state: as in `linear_attn`.
+
+    Returns:
+        o [B, T, H, V] and the final state [B, H, K, V].
+    """
+    b = beta.unsqueeze(-1) * k
+    a = -_per_channel(g, q).exp() * k
+    return dplr(q, b, v, g, a, b, scale, state)
+
+
+def dplr(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A transition that is diagonal plus low rank.
+
+    S_t = (diag(e^g_t) + b_t a_t^T) S_{t-1} + k_t v_t^T,   o_t = scale * q_t S_t
+
+    Args:
+        q, k, a, b: [B, T, H, K].
+        v: [B, T, H, V].
+        g: natural-log decay, [B, T, H] or [B, T, H, K]; default none.
+        scale, state: as in `linear_attn`.
+
+    Returns:
+        o [B, T, H, V] and the final state [B, H, K, V].
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, a, b = (x.to(dtype) for x in (q, k, v, a, b))
+    g = _per_channel(g, q)
+    B, T, H, K = q.shape
+    S = q.new_zeros(B, H, K, v.shape[-1]) if state is None else state.to(dtype)
+    o = [v.new_zeros(B, H, v.shape[-1])] * T
+    for t in range(T):
+        u = torch.einsum("bhk,bhkv->bhv", a[:, t], S)
+        S = g[:, t, :, :, None].exp() * S + b[:, t, :, :, None] * u[:, :, None]
+        S = S + k[:, t, :, :, None] * v[:, t, :, None]
+        o[t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+    o = torch.stack(o, 1) if T else torch.zeros_like(v)
+    return o * (K**-0.5 if scale is None else scale), S
+
+
+def scan(g: Tensor, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """h_t = e^g_t h_{t-1} + x_t for every channel: g, x [B, T, D], state [B, D]."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    h = x.new_zeros(x.shape[0], x.shape[2], dtype=dtype) if state is None else state.to(dtype)
+    out = []
+    for g_t, x_t in zip(g.to(dtype).unbind(1), x.to(dtype).unbind(1), strict=True):
+        h = g_t.exp() * h + x_t
+        out.append(h)
+    return torch.stack(out, 1) if out else x.to(dtype), h
+
+
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """h_t = e^(dt_t A) h_{t-1} + dt_t u_t B_t^T,   y_t = h_t C_t.
+
+    Args:
+        u, dt: [B, T, D].
+        A: [D, N], < 0.
+        B, C: [B, T, G, N], each group for D / G channels.
+        state: [B, D, N]; default zero.
+
+    Returns:
+        y [B, T, D] and the final state.
+    """
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u, dt, A, B, C = (x.to(dtype) for x in (u, dt, A, B, C))
+    B, C = (x.repeat_interleave(u.shape[2] // x.shape[2], 2) for x in (B, C))  # [B, T, D, N]
+    h = u.new_zeros(u.shape[0], *A.shape) if state is None else state.to(dtype)
+    y = []
+    for t in range(u.shape[1]):
+        h = (dt[:, t, :, None] * A).exp() * h + (dt * u)[:, t, :, None] * B[:, t]
+        y.append((h * C[:, t]).sum(-1))
+    return torch.stack(y, 1) if y else torch.zeros_like(u), h
+
+
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """y_t = bias + sum_i weight[:, i] x_{t - W + 1 + i}, a filter of W taps for every channel.
+
+    Args:
+        x: [B, T, C].
+        weight: [C, W], the last tap is that of the current token.
+        bias: [C].
+        state: the W - 1 inputs before the first, [B, W - 1, C]; default zero.
+
+    Returns:
+        y [B, T, C] and the last W - 1 inputs.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    W, T = weight.shape[1], x.shape[1]
+    past = x.new_zeros(x.shape[0], W - 1, x.shape[2]) if state is None else state.to(x.dtype)
+    x = torch.cat((past, x), 1).to(dtype)
+    y = sum(x[:, i : i + T] * weight[:, i].to(dtype) for i in range(W))
+    return y if bias is None else y + bias.to(dtype), x[:, T:]
