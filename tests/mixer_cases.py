@@ -6,6 +6,9 @@ tested under ``QKV``. The first variant of a mixer is the one that is compiled.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from mixer_inputs import HALVES
 
 from flacompile.blocks import QKNorm, Rotary
@@ -55,24 +58,6 @@ def variants(name: str) -> dict[str, dict]:
     return VARIANTS.get(name, {} if shared else {"default": {}}) | shared
 
 
-# Names and shapes of the published layers at their defaults, D = 1024 (attn 2048).
-D = 1024
-PUBLISHED = {
-    "attn": {f"{name}_proj.weight": (2048, 2048) for name in "qkvo"},
-    "gla": {
-        "q_proj.weight": (512, D), "k_proj.weight": (512, D), "v_proj.weight": (D, D),
-        "g_proj.weight": (D, D), "gk_proj.0.weight": (16, D), "gk_proj.1.weight": (512, 16),
-        "gk_proj.1.bias": (512,), "o_proj.weight": (D, D), "g_norm_swish_gate.weight": (256,),
-    },
-    "simple_gla": {
-        **{f"{name}_proj.weight": (D, D) for name in "qkvgo"},
-        **{f"{name}_conv1d.weight": (D, 1, 4) for name in "qkv"},
-        "gk_proj.weight": (4, D), "gk_proj.bias": (4,), "g_norm_swish_gate.weight": (256,),
-    },
-    "linear_attn": {
-        **{f"{name}_proj.weight": (D, D) for name in "qkvo"},
-        **{f"feature_map_{s}.layer{i}.weight": (128, 128) for s in "qk" for i in (1, 2)},
-        **{f"feature_map_{s}.layer{i}.bias": (128,) for s in "qk" for i in (1, 2)},
-        "norm.weight": (128,),
-    },
-}  # fmt: skip
+# [{"config": fields, "state_dict": {name: shape}}] of every mixer, read off the layers of
+# flash-linear-attention 0.6.0; the first entry is the default of the layer.
+PUBLISHED = json.loads((Path(__file__).parent / "published_layers.json").read_text())

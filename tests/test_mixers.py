@@ -187,11 +187,18 @@ def test_half_precision(name):
     assert mixer.step(draw(2, 1)[:, 0].bfloat16(), state)[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_checkpoints_fit(name):
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        pytest.param(name, layer, id=f"{name}-{i}")
+        for name in MIXERS
+        for i, layer in enumerate(PUBLISHED[name])
+    ],
+)
+def test_published_checkpoints_fit(name, layer):
     with torch.device("meta"):
-        mixer = MIXERS[name](MIXERS[name].Config())
-        published = {key: torch.empty(shape) for key, shape in PUBLISHED[name].items()}
+        mixer = MIXERS[name](MIXERS[name].Config(**layer["config"]))
+        published = {key: torch.empty(shape) for key, shape in layer["state_dict"].items()}
     mixer.load_state_dict(published, strict=True, assign=True)
 
 
