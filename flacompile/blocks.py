@@ -1,7 +1,7 @@
 """What mixers are made of besides their recurrence, in plain PyTorch: Inductor fuses these.
 
-Norms, low-rank maps, rotary embedding, feature maps and the short causal convolution. Layouts are
-``[B, T, D]`` and ``[B, T, H, K]`` throughout.
+Norms, low-rank maps, rotary embedding, feature maps, token shift and the short causal convolution.
+Layouts are ``[B, T, D]`` and ``[B, T, H, K]`` throughout.
 """
 
 from __future__ import annotations
@@ -212,16 +212,75 @@ def feature_map(name: str, dim: int) -> tuple[nn.Module, int]:
     raise ValueError(f"feature_map: expected one of {names}, got {name!r}")
 
 
+def last_inputs(x: Tensor, past: Tensor, tokens: Tokens) -> Tensor:
+    """The inputs that the next call of a convolution needs.
+
+    Args:
+        x: [B, T, C].
+        past: the W - 1 inputs before x in each sequence, [N, W - 1, C].
+        tokens: where the T tokens stand.
+
+    Returns:
+        The last W - 1 real inputs of each sequence [N, W - 1, C], older ones from ``past``.
+    """
+    reach, time = past.shape[1], x.shape[1]
+    if tokens.cu_seqlens is None:
+        padded = torch.cat((past, x), 1)
+        if tokens.lengths is None:
+            return padded[:, time:]
+        index = tokens.lengths[:, None] + torch.arange(reach, device=x.device)
+        return padded.take_along_dim(index[..., None], 1)
+    index = tokens.cu_seqlens.diff()[:, None] + torch.arange(-reach, 0, device=x.device)
+    old = past.take_along_dim((index + reach).clamp(max=reach - 1)[..., None], 1)
+    new = x[0, (tokens.cu_seqlens[:-1, None] + index).clamp(0, time - 1)]
+    return torch.where(index[..., None] < 0, old, new)
+
+
+def no_inputs(x: Tensor, reach: int, tokens: Tokens) -> Tensor:
+    """What stands before x [B, T, C] in sequences that have not begun, [N, W - 1, C]."""
+    return x.new_zeros(tokens.end.shape[0], reach, x.shape[-1])
+
+
+def token_shift(x: Tensor, past: Tensor | None, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """x_{t-1} for every t, the first token of a sequence taking the carried one, or zero.
+
+    Args:
+        x: [B, T, C].
+        past: the last input of each sequence, [N, 1, C], or None.
+        tokens: where the T tokens stand.
+
+    Returns:
+        x_{t-1} [B, T, C] and the last input of each sequence [N, 1, C].
+    """
+    past = no_inputs(x, 1, tokens) if past is None else past.to(x.dtype)
+    if tokens.cu_seqlens is None:
+        before = torch.cat((past, x), 1)[:, : x.shape[1]]
+    else:
+        assert tokens.since is not None
+        first = (tokens.since == 0)[:, None]
+        before = torch.where(first, past[tokens.segment, 0], x.roll(1, 1))
+    return before, last_inputs(x, past, tokens)
+
+
 class ShortConvolution(nn.Module):
     """y_t = act(b + Σ_i w_i x_{t-i}), one filter of W taps a channel, w stored oldest tap first.
 
     Tokens before the start of a sequence are the carried state, or zero. A tap that would reach
     into the previous sequence of a pack takes the state of its own sequence instead.
+
+    Args:
+        dim: number of channels.
+        size: taps of each filter, W.
+        bias: whether there is one.
+        activation: name of act; None is the identity.
     """
 
-    def __init__(self, dim: int, size: int, bias: bool = False) -> None:
+    def __init__(
+        self, dim: int, size: int, bias: bool = False, activation: str | None = "silu"
+    ) -> None:
         super().__init__()
         self.size = size
+        self.activation = ACTIVATIONS[activation or "identity"]
         self.weight = nn.Parameter(torch.empty(dim, 1, size))
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
@@ -237,34 +296,23 @@ class ShortConvolution(nn.Module):
         Returns:
             y [B, T, C] and the last W - 1 inputs [N, W - 1, C].
         """
-        past = self._empty(x, tokens) if past is None else past.to(x.dtype)
-        taps, past = (self._taps if tokens.cu_seqlens is None else self._packed)(x, past, tokens)
+        past = no_inputs(x, self.size - 1, tokens) if past is None else past.to(x.dtype)
+        taps = self._taps(x, past) if tokens.cu_seqlens is None else self._packed(x, past, tokens)
         y: Tensor = sum(  # type: ignore[assignment]
             tap * self.weight[:, 0, i] for i, tap in enumerate(taps)
         )
         y = y if self.bias is None else y + self.bias
-        return F.silu(y).to(x.dtype), past
+        return self.activation(y).to(x.dtype), last_inputs(x, past, tokens)
 
-    def _empty(self, x: Tensor, tokens: Tokens) -> Tensor:
-        return x.new_zeros(tokens.end.shape[0], self.size - 1, x.shape[-1])
-
-    def _taps(self, x: Tensor, past: Tensor, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
-        time, reach = x.shape[1], self.size - 1
+    def _taps(self, x: Tensor, past: Tensor) -> list[Tensor]:
         padded = torch.cat((past, x), 1)
-        taps = [padded[:, i : i + time] for i in range(self.size)]
-        if tokens.lengths is None:
-            return taps, padded[:, time:]
-        index = tokens.lengths[:, None] + torch.arange(reach, device=x.device)
-        return taps, padded.take_along_dim(index[..., None], 1)
+        return [padded[:, i : i + x.shape[1]] for i in range(self.size)]
 
-    def _packed(self, x: Tensor, past: Tensor, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
-        taps, reach, cu_seqlens = [x], self.size - 1, tokens.cu_seqlens
-        assert cu_seqlens is not None and tokens.segment is not None and tokens.since is not None
+    def _packed(self, x: Tensor, past: Tensor, tokens: Tokens) -> list[Tensor]:
+        taps, reach = [x], self.size - 1
+        assert tokens.segment is not None and tokens.since is not None
         for i in range(1, self.size):  # x_{t-i} from x, or from the state near a start
             shifted = F.pad(x, (0, 0, i, 0))[:, : x.shape[1]]
             old = past[tokens.segment, (tokens.since - i + reach).clamp(max=reach - 1)]
             taps.insert(0, torch.where((tokens.since >= i)[:, None], shifted, old))
-        last = cu_seqlens.diff()[:, None] + torch.arange(-reach, 0, device=x.device)
-        old = past.take_along_dim((last + reach).clamp(max=reach - 1)[..., None], 1)
-        new = x[0, (cu_seqlens[:-1, None] + last).clamp(0, x.shape[1] - 1)]
-        return taps, torch.where(last[..., None] < 0, old, new)
+        return taps
