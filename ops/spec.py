@@ -88,6 +88,7 @@ def delta_rule(
     Returns:
         o [B, T, H, V] and the final state [B, H, K, V].
     """
+    q, k, beta = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, k, beta))
     b = beta.unsqueeze(-1) * k
     a = -_per_channel(g, q).exp() * k
     return dplr(q, b, v, g, a, b, scale, state)
@@ -184,6 +185,6 @@ def conv(
     dtype = torch.promote_types(x.dtype, torch.float32)
     W, T = weight.shape[1], x.shape[1]
     past = x.new_zeros(x.shape[0], W - 1, x.shape[2]) if state is None else state.to(x.dtype)
-    x = torch.cat((past, x), 1).to(dtype)
-    y = sum(x[:, i : i + T] * weight[:, i].to(dtype) for i in range(W))
+    x = torch.cat((past, x), 1)
+    y = sum(x[:, i : i + T].to(dtype) * weight[:, i].to(dtype) for i in range(W))
     return y if bias is None else y + bias.to(dtype), x[:, T:]
