@@ -7,7 +7,8 @@ linear_attn is closed under differentiation. With D_t the gradient of S_t,
     dgk_t = dgk_{t+1} + q_t dq_t - k_t dk_t                    dgk_{T+1} = sum_v S_T dS_T
     dgv_t = dgv_{t+1} + o_t do_t - v_t dv_t                    dgv_{T+1} = sum_k S_T dS_T
 
-so the backward is three calls of the forward, two of them back in time, and two sums.
+so the backward is three calls of the forward, two of them back in time, and two sums. The sum for
+gv runs over all tokens of o do - v dv, so o is taken anew, unrounded, where there is a gv.
 """
 
 from collections.abc import Callable
@@ -21,15 +22,15 @@ Pair = tuple[Tensor, Tensor]
 def gradients(
     run: Callable[..., Pair],
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
-    cu_seqlens: Tensor | None, scale: float, o: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+    cu_seqlens: Tensor | None, scale: float, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dgk, dgv, dstate; dgk and dgv are empty without g.
 
     Args:
         run: the recurrence, ``run(q, k, v, gk, gv, state, cu_seqlens, scale, reverse)``, with o in
             the dtype of the state.
-        o, final: what the forward returned.
-        do, dfinal: their gradients.
+        final: the state that the forward returned.
+        do, dfinal: the gradients of what it returned.
     """
     dq, _ = run(do, v, k, gv, gk, state.mT.contiguous(), cu_seqlens, scale, False)
     seed = dfinal / scale  # D / scale is the state of the two calls back in time
@@ -40,8 +41,12 @@ def gradients(
         if g is not None:
             dstate = dstate * _first_decay(g, cu_seqlens).unsqueeze(axis)
     end = final * dfinal
-    dgk = _decay_gradient(q * dq - k * dk, end.sum(-1), gk, cu_seqlens)
-    dgv = _decay_gradient(o * do - v * dv, end.sum(-2), gv, cu_seqlens)
+    dgk = dgv = end.new_empty(0)
+    if gk is not None:
+        dgk = _decay_gradient(q * dq - k * dk, end.sum(-1), gk, cu_seqlens)
+    if gv is not None:
+        o, _ = run(q, k, v, gk, gv, state, cu_seqlens, scale, False)
+        dgv = _decay_gradient(o * do - v * dv, end.sum(-2), gv, cu_seqlens)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dgk, dgv, dstate
 
 
@@ -59,18 +64,15 @@ def _first_decay(g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def _decay_gradient(
-    change: Tensor, end: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
+    change: Tensor, end: Tensor, g: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
     """dg_t = dg_{t+1} + change_t back from dg_{T+1} = end, in every sequence.
 
     Args:
         change: [B, T, H, X].
         end: [N, H, X].
-        g: [B, T, H] or [B, T, H, X]: a decay for all channels sums their gradients. Without one
-            the gradient is empty.
+        g: [B, T, H] or [B, T, H, X]: a decay for all channels sums their gradients.
     """
-    if g is None:
-        return end.new_empty(0)
     if g.ndim == 3:
         change, end = change.sum(-1, keepdim=True), end.sum(-1, keepdim=True)
     total = change.to(end.dtype).cumsum(1)

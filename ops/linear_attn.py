@@ -200,22 +200,22 @@ def _forward_fake(
 
 def linear_attn_backward(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
-    cu_seqlens: Tensor | None, scale: float, o: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+    cu_seqlens: Tensor | None, scale: float, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of every input of the op, on a CPU."""
-    return gradients(_run_cpu, q, k, v, gk, gv, state, cu_seqlens, scale, o, final, do, dfinal)
+    return gradients(_run_cpu, q, k, v, gk, gv, state, cu_seqlens, scale, final, do, dfinal)
 
 
 def _backward_cuda(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
-    cu_seqlens: Tensor | None, scale: float, o: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+    cu_seqlens: Tensor | None, scale: float, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return gradients(_run_cuda, q, k, v, gk, gv, state, cu_seqlens, scale, o, final, do, dfinal)
+    return gradients(_run_cuda, q, k, v, gk, gv, state, cu_seqlens, scale, final, do, dfinal)
 
 
 def _backward_fake(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
-    cu_seqlens: Tensor | None, scale: float, o: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+    cu_seqlens: Tensor | None, scale: float, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     def like(x: Tensor | None) -> Tensor:
         return q.new_empty(0 if x is None else x.shape, dtype=(state if x is None else x).dtype)
@@ -229,13 +229,13 @@ _backward, _ = define(linear_attn_backward, _backward_cuda, _backward_fake)
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     *tensors, scale = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, output[1])
     ctx.scale = scale
 
 
 def _backward_of_op(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, o, final = ctx.saved_tensors
-    dq, dk, dv, dgk, dgv, dstate = _backward(*tensors, ctx.scale, o, final, do, dfinal)
+    *tensors, final = ctx.saved_tensors
+    dq, dk, dv, dgk, dgv, dstate = _backward(*tensors, ctx.scale, final, do, dfinal)
     has_gk, has_gv = tensors[3] is not None, tensors[4] is not None
     return dq, dk, dv, dgk if has_gk else None, dgv if has_gv else None, dstate, None, None
 
