@@ -38,23 +38,32 @@ def check_decay(name: str, g: Tensor | None, like: Tensor) -> None:
 
 
 def check_sequences(
-    q: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, state_shape: tuple[int, ...]
+    x: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_shape: tuple[int, ...],
+    *,
+    name: str = "q",
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """A state [N, *state_shape] fp32 and the bounds of packed sequences [N + 1]."""
-    sequences = q.shape[0]
+    """A state [N, *state_shape] and the bounds of packed sequences [N + 1], for x called ``name``.
+
+    The state has that dtype; None is fp32, float64 where x is that.
+    """
+    sequences = x.shape[0]
     if cu_seqlens is not None:
         expect(cu_seqlens.ndim == 1, "cu_seqlens", "shape [N + 1]", tuple(cu_seqlens.shape))
         integers = (torch.int32, torch.int64)
         expect(cu_seqlens.dtype in integers, "cu_seqlens", "int32 or int64", cu_seqlens.dtype)
-        expect(cu_seqlens.device == q.device, "cu_seqlens", f"device {q.device}", cu_seqlens.device)
-        expect(q.shape[0] == 1, "q", "a batch of 1 with cu_seqlens", q.shape[0])
+        expect(cu_seqlens.device == x.device, "cu_seqlens", f"device {x.device}", cu_seqlens.device)
+        expect(x.shape[0] == 1, name, "a batch of 1 with cu_seqlens", x.shape[0])
         expect(cu_seqlens.shape[0] > 1, "cu_seqlens", "at least one sequence", "none")
         sequences = cu_seqlens.shape[0] - 1
     if state is not None:
         check_shape("state", state, (sequences, *state_shape))
-        accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-        expect(state.dtype == accumulator, "state", str(accumulator), state.dtype)
-        expect(state.device == q.device, "state", f"device {q.device}", state.device)
+        dtype = torch.promote_types(x.dtype, torch.float32) if dtype is None else dtype
+        expect(state.dtype == dtype, "state", str(dtype), state.dtype)
+        expect(state.device == x.device, "state", f"device {x.device}", state.device)
 
 
 def check_linear_attn(
@@ -71,3 +80,27 @@ def check_linear_attn(
     check_decay("gk", gk, q)
     check_decay("gv", gv, v)
     check_sequences(q, state, cu_seqlens, (q.shape[2], q.shape[3], v.shape[3]))
+
+
+def check_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Everything ``conv`` can know without reading a value."""
+    expect(x.ndim == 3, "x", "shape [B, T, C]", tuple(x.shape))
+    expect(x.is_floating_point(), "x", "a floating dtype", x.dtype)
+    expect(x.device.type in ("cpu", "cuda"), "x", "a CPU or CUDA tensor", x.device)
+    channels = x.shape[2]
+    filters = weight.ndim == 2 and weight.shape[0] == channels and weight.shape[1] > 0
+    expect(filters, "weight", f"shape ({channels}, W) with W > 0", tuple(weight.shape))
+    for name, w in (("weight", weight), ("bias", bias)):
+        if w is not None:
+            expect(w.is_floating_point(), name, "a floating dtype", w.dtype)
+            expect(w.device == x.device, name, f"the device of x, {x.device}", w.device)
+    if bias is not None:
+        check_shape("bias", bias, (channels,))
+    past = (weight.shape[1] - 1, channels)
+    check_sequences(x, state, cu_seqlens, past, name="x", dtype=x.dtype)

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from flacompile.ops.conv import decomposed as conv
 from flacompile.ops.linear_attn import decomposed as linear_attn
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
     """op overload -> the same function in a fixed number of aten operations, any T."""
-    return {torch.ops.flacompile.linear_attn_forward.default: linear_attn}
+    return {
+        torch.ops.flacompile.conv_forward.default: conv,
+        torch.ops.flacompile.linear_attn_forward.default: linear_attn,
+    }
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
