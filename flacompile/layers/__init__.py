@@ -1,25 +1,38 @@
 """The menu of mixers: ``MIXERS[name]``, each one file, each a ``Mixer``."""
 
-from flacompile.layers.attn import Attention, AttentionState
+from flacompile.layers.abc import ABCAttention
+from flacompile.layers.attn import Attention
 from flacompile.layers.base import Mixer, RecurrentState
+from flacompile.layers.cache import AttentionState
 from flacompile.layers.gla import GatedLinearAttention
+from flacompile.layers.lightnet import LightNetAttention
 from flacompile.layers.linear_attn import LinearAttention
+from flacompile.layers.mamba import Mamba
+from flacompile.layers.mamba2 import Mamba2
 from flacompile.layers.packing import cu_seqlens_from_mask, pad, unpad
 from flacompile.layers.simple_gla import SimpleGatedLinearAttention
 
 MIXERS: dict[str, type[Mixer]] = {
+    "abc": ABCAttention,
     "attn": Attention,
     "gla": GatedLinearAttention,
+    "lightnet": LightNetAttention,
     "linear_attn": LinearAttention,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
     "simple_gla": SimpleGatedLinearAttention,
 }
 
 __all__ = [
     "MIXERS",
+    "ABCAttention",
     "Attention",
     "AttentionState",
     "GatedLinearAttention",
+    "LightNetAttention",
     "LinearAttention",
+    "Mamba",
+    "Mamba2",
     "Mixer",
     "RecurrentState",
     "SimpleGatedLinearAttention",

@@ -1,0 +1,177 @@
+"""Mixers that look back at every token: what they keep of each, and who sees what.
+
+    o_t = a function of q_t and of what is kept of the tokens s <= t, s > t - window
+
+What is kept grows by the tokens of each call, up to the window if there is one.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flacompile.layers.base import Mixer, Tokens
+from flacompile.ops.validate import check_shape, expect
+
+
+class AttentionState(NamedTuple):
+    """What is kept of each token, which of them are real, and the number of tokens seen.
+
+    cached, tensors [N, S, ...], such as keys after rotary and values; valid [N, S] bool; position
+    [N] int64.
+    """
+
+    cached: tuple[Tensor, ...]
+    valid: Tensor
+    position: Tensor
+
+
+class CachedMixer(Mixer):
+    """A mixer whose state grows. Subclasses define project, mix and the shapes of what is kept."""
+
+    State = AttentionState
+    window_size: int | None = None
+
+    @property
+    @abstractmethod
+    def cached_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each tensor that is kept of a token."""
+
+    @abstractmethod
+    def project(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x [B, T, D] -> q [B, T, H, K] and what is kept, tensors [B, T, ...]."""
+
+    @abstractmethod
+    def mix(self, q: Tensor, cached: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        """q [B, T, H, K] on what is kept of S tokens -> o [B, T, H, V].
+
+        Causal where there is no mask [1 or B, T, S].
+        """
+
+    def mix_step(self, q: Tensor, cached: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        """As ``mix``, for T = 1."""
+        return self.mix(q, cached, mask)
+
+    def sequence(
+        self, x: Tensor, state: AttentionState | None, tokens: Tokens
+    ) -> tuple[Tensor, AttentionState]:
+        q, new = self.project(x, tokens)
+        o = self.mix(q, _with_past(state, new), self._mask(state, tokens))
+        return self.output_layer(o.flatten(2)), self._next_state(state, new, tokens)
+
+    def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        self.validate_step(x, state)
+        x = x[:, None]
+        tokens = Tokens.of(x, state.position, None, None)
+        q, new = self.project(x, tokens)
+        o = self.mix_step(q, _with_past(state, new), self._mask(state, tokens))
+        return self.output_layer(o.flatten(2))[:, 0], self._next_state(state, new, tokens)
+
+    def _mask(self, state: AttentionState | None, tokens: Tokens) -> Tensor | None:
+        """Which tokens of the state, then of this call, each token sees."""
+        if state is None and self.window_size is None and tokens.segment is None:
+            return None  # padding comes last, where a causal mask never looks
+        time = torch.arange(tokens.position.shape[1], device=tokens.position.device)
+        age = time[:, None] - time
+        sees = age >= 0
+        if self.window_size is not None:
+            sees = sees & (age < self.window_size)
+        if tokens.segment is not None:
+            sees = sees & (tokens.segment[:, None] == tokens.segment)
+        if state is None:
+            return sees[None]
+        old = self._sees_state(state, tokens)
+        return torch.cat((old, sees.expand(old.shape[0], -1, -1)), 2)
+
+    def _sees_state(self, state: AttentionState, tokens: Tokens) -> Tensor:
+        """[B, T, S], or [1, T, N S] for a pack."""
+        rows, time = tokens.position.shape
+        sees = state.valid.reshape(rows, 1, -1)
+        if tokens.segment is not None:
+            owner = torch.arange(state.valid.shape[0], device=sees.device)[:, None]
+            owner = owner.expand_as(state.valid).reshape(1, 1, -1)
+            sees = sees & (owner == tokens.segment[None, :, None])
+        if self.window_size is not None:
+            from_here_on = state.valid.flip(1).cumsum(1).flip(1)
+            key_position = (state.position[:, None] - from_here_on).reshape(rows, 1, -1)
+            sees = sees & (tokens.position[..., None] - key_position < self.window_size)
+        return sees.expand(rows, time, -1)
+
+    def _next_state(
+        self, state: AttentionState | None, new: tuple[Tensor, ...], tokens: Tokens
+    ) -> AttentionState:
+        """Every sequence of a pack keeps a view of all its tokens and marks its own as valid."""
+        num_sequences, device = tokens.end.shape[0], tokens.end.device
+        time = torch.arange(tokens.position.shape[1], device=device)
+        if tokens.segment is not None:
+            valid = tokens.segment == torch.arange(num_sequences, device=device)[:, None]
+        elif tokens.lengths is not None:
+            valid = time < tokens.lengths[:, None]
+        else:
+            valid = (time >= 0).expand(num_sequences, -1)
+        kept = [x.expand(num_sequences, *x.shape[1:]) for x in new] + [valid]
+        if state is not None:
+            old = (*state.cached, state.valid)
+            kept = [torch.cat(pair, 1) for pair in zip(old, kept, strict=True)]
+        if self.window_size is not None:
+            last = kept[-1].int().argsort(dim=1, stable=True)[:, -self.window_size :]
+            rows = torch.arange(num_sequences, device=device)[:, None]
+            kept = [x[rows, last] for x in kept]
+        return AttentionState(tuple(kept[:-1]), kept[-1], tokens.end)
+
+    def init_state(self, batch_size: int, *, device: torch.device | None = None) -> AttentionState:
+        weight = next(self.parameters())
+        device = weight.device if device is None else device
+        cached = tuple(
+            torch.zeros(batch_size, 0, *shape, dtype=weight.dtype, device=device)
+            for shape in self.cached_shapes
+        )
+        valid = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)
+        position = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return AttentionState(cached, valid, position)
+
+    def validate_state(self, state: AttentionState, num_sequences: int) -> None:
+        rows = (num_sequences, state.valid.shape[-1])
+        check_shape("state.valid", state.valid, rows)
+        expect(state.valid.dtype == torch.bool, "state.valid", "torch.bool", state.valid.dtype)
+        number = len(self.cached_shapes)
+        expect(len(state.cached) == number, "state.cached", f"{number} tensors", len(state.cached))
+        for i, (part, shape) in enumerate(zip(state.cached, self.cached_shapes, strict=True)):
+            check_shape(f"state.cached[{i}]", part, (*rows, *shape))
+        check_shape("state.position", state.position, (num_sequences,))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """o_t = Σ_s softmax_s(scale q_t·k_s) v_s; a head of k and v serves H / H_kv heads of q.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, S, H_kv, K].
+        v: [B, S, H_kv, V].
+        mask: [1 or B, 1 or T, S], or None for s <= t.
+        scale: None is K^-0.5.
+
+    Returns:
+        o [B, T, H, V].
+    """
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask = None if mask is None else mask[:, None]
+    o = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+    return o.transpose(1, 2)
+
+
+def _with_past(state: AttentionState | None, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What is kept up to this call's end; a pack has the states of its sequences in a row."""
+    if state is None:
+        return new
+    return tuple(
+        torch.cat((old.reshape(x.shape[0], -1, *x.shape[2:]), x), 1)
+        for old, x in zip(state.cached, new, strict=True)
+    )
