@@ -26,6 +26,12 @@ QKV = {  # of every mixer with the projections of attention
     "qk_norm_wide": {"qk_norm": QKNorm(1e-6, False), "num_kv_heads": 2},
 }
 VARIANTS = {
+    "abc": {
+        "conv": {"use_short_conv": True, "num_kv_heads": 2, "num_slots": 5, "rotary": HALVES},
+        "input_gate": {"use_input_gate": True, "use_norm": False, "clamp_max": 0.5},
+        "bare": {"use_rope": False, "use_norm": False, "use_output_gate": False},
+        "unclamped": {"use_output_gate": False, "clamp_min": None, "clamp_max": None},
+    },
     "attn": {
         "window": {"window_size": 5, "num_kv_heads": 2},
         "no_rotary": {"rope_theta": None},
@@ -42,6 +48,11 @@ VARIANTS = {
         "no_conv": {"use_short_conv": False, "num_kv_heads": 2},
         "bare": {"use_short_conv": False, "use_output_gate": False, "output_norm": False},
     },
+    "lightnet": {
+        "narrow": {"expand_ratio": 7, "gate_low_rank_dim": 5, "num_kv_heads": 2},
+        "conv": {"expand_ratio": None, "use_short_conv": True, "conv_bias": True},
+        "bare": {"feature_map": "identity", "use_output_gate": False, "output_norm": False},
+    },
     "linear_attn": {
         "hedgehog": {"feature_map": "hedgehog", "do_feature_map_norm": True, "rotary": HALVES},
         "elu": {"feature_map": "elu", "do_feature_map_norm": True, "output_norm": "identity"},
@@ -49,6 +60,35 @@ VARIANTS = {
         "dpfp": {"feature_map": "dpfp", "norm_k": True},
         "tied": {"tie_feature_map_qk": True},
     },
+    "mamba": {
+        "heads": {"num_heads": 4, "num_kv_heads": 2, "rotary": HALVES},
+        "default": {},
+        "bias": {"use_bias": True, "dt_rank": 5, "use_conv_bias": False, "hidden_act": "gelu"},
+        "bare": {"num_heads": 4, "use_short_conv": False, "use_output_gate": False, "scale": 0.3},
+        "qk_norm": {"num_heads": 4, "qk_norm": QKNorm(1e-6, False), "qkv_bias": True},
+    },
+    "mamba2": {
+        "groups": {"n_groups": 2, "rotary": HALVES, "conv_kernel": 3},
+        "default": {},
+        "no_norm": {"rmsnorm": False, "dt_limit": (0.3, 0.9), "use_bias": True},
+        "norm_first": {"norm_before_gate": True, "D_has_hdim": True, "n_groups": 3},
+        "bare": {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "n_groups": 4,
+            "rmsnorm": False,
+            "scale": 0.3,
+            "use_short_conv": False,
+            "use_output_gate": False,
+            "qkv_bias": True,
+        },
+        "qk_norm": {"num_kv_heads": 3, "qk_norm": QKNorm(1e-6, True, 1.0), "rotary": HALVES},
+    },
+}
+
+SIZES = {  # where the default ones are large, or do not fit the width
+    "mamba": {"intermediate_size": 64, "state_size": 8},
+    "mamba2": {"expand": 1, "head_dim": 8, "state_size": 8},
 }
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from mixer_cases import PUBLISHED, variants
+from mixer_cases import PUBLISHED, SIZES, variants
 from mixer_inputs import HALVES, WIDTH, close, draw
 from textbook import TEXTBOOK
 
@@ -26,8 +26,8 @@ over_mixers = pytest.mark.parametrize("name", MIXERS)
 def build(name: str, fields: dict | None = None, dtype=torch.float64):
     torch.manual_seed(0)
     cls = MIXERS[name]
-    heads = {"num_heads": 4} if issubclass(cls, QKVMixer) else {}
-    mixer = cls(cls.Config(**({"hidden_size": WIDTH} | heads | (fields or {}))))
+    sizes = {"num_heads": 4} if issubclass(cls, QKVMixer) else SIZES.get(name, {})
+    mixer = cls(cls.Config(**({"hidden_size": WIDTH} | sizes | (fields or {}))))
     for parameter in mixer.parameters():  # so that no weight is one and no bias zero
         torch.nn.init.normal_(parameter, parameter.mean().item(), 0.3)
     return mixer.to(dtype)

@@ -10,17 +10,21 @@ import torch
 import torch.nn.functional as F
 
 
+def identity(x):
+    return x
+
+
 def rms(x, weight, eps=1e-5, offset=0.0):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * (offset + weight)
 
 
-def conv(x, weight, bias):
-    """silu(Σ_i w_i x_{t-i}): the last weight is that of the current token."""
+def conv(x, weight, bias, act=F.silu):
+    """act(Σ_i w_i x_{t-i}): the last weight is that of the current token."""
     past, y = x.new_zeros(x.shape[0], weight.shape[-1] - 1, x.shape[2]), []
     for t in range(x.shape[1]):
         window = torch.cat((past, x), 1)[:, t : t + weight.shape[-1]]
         y.append((window * weight[:, 0].T).sum(1) + (0 if bias is None else bias))
-    return F.silu(torch.stack(y, 1))
+    return act(torch.stack(y, 1))
 
 
 def rotate(x, rotary):
@@ -40,14 +44,15 @@ def rotate(x, rotary):
     return y
 
 
-def qkv(m, x):
+def qkv(m, x, conv_act=F.silu, gate=identity):
     """q, k, v [B, T, H, *] of a mixer, key heads repeated."""
     heads, streams = m.config.num_heads, []
     for name in "qkv":
         y = getattr(m, f"{name}_proj")(x)
         if getattr(m.config, "use_short_conv", False):
             c = getattr(m, f"{name}_conv1d")
-            y = conv(y, c.weight, c.bias)
+            y = conv(y, c.weight, c.bias, conv_act)
+        y = gate(y)
         count = heads if name == "q" else m.config.num_kv_heads or heads
         y = y.view(*x.shape[:2], count, -1)
         if m.config.qk_norm and name != "v":
@@ -133,4 +138,90 @@ def attn(m, x):
     return m.o_proj(torch.stack(o, 1).flatten(2))
 
 
-TEXTBOOK = {"attn": attn, "gla": gla, "linear_attn": linear_attn, "simple_gla": simple_gla}
+def abc(m, x):
+    c, o = m.config, []
+    q, k, v = qkv(m, x, gate=F.silu if c.use_input_gate else identity)
+    s = m.s_proj(x).view(*x.shape[:2], c.num_heads, -1)
+    s = s if c.clamp_max is None else s.clamp(c.clamp_min, c.clamp_max)
+    for t in range(x.shape[1]):
+        α = s[:, : t + 1].softmax(1)
+        keys, values = (torch.einsum("bshm,bshx->bhmx", α, y[:, : t + 1]) for y in (k, v))
+        scores = torch.einsum("bhmk,bhk->bhm", keys, q[:, t]) * (c.scale or q.shape[-1] ** -0.5)
+        o.append(torch.einsum("bhm,bhmv->bhv", scores.softmax(-1), values))
+    o = rms(torch.stack(o, 1), m.g_norm.weight) if c.use_norm else torch.stack(o, 1)
+    return m.o_proj(o.flatten(2) * (F.silu(m.g_proj(x)) if c.use_output_gate else 1))
+
+
+def lightnet(m, x):
+    (q, k, v), c, o = qkv(m, x, conv_act=identity), m.config, []
+    q = F.silu(q) if c.feature_map == "silu" else q
+    for t in range(x.shape[1]):
+        weights = k[:, : t + 1].softmax(1)
+        S = torch.einsum("bshk,bshv->bhkv", weights, v[:, : t + 1])
+        o.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S) * (c.scale or q.shape[-1] ** -0.5))
+    o = torch.stack(o, 1).flatten(2)
+    o = rms(o, m.g_norm.weight) if c.output_norm else o
+    return m.o_proj(o * F.silu(m.g_proj(x)) if c.use_output_gate else o)
+
+
+def stream(m, x, count, dim, name=None):
+    """x [B, T, G dim] -> [B, T, count, dim], each group for heads in a row; B, C as k, q are."""
+    x = x.unflatten(-1, (-1, dim))
+    if name and m.config.qk_norm:
+        n = getattr(m, name)
+        flat = x if n.weight.numel() == dim else x.flatten(2)
+        x = rms(flat, n.weight, n.eps, n.offset).view_as(x)
+    x = rotate(x, m.rotary) if name and m.rotary is not None else x
+    return x.repeat_interleave(count // x.shape[2], 2)
+
+
+def ssm(m, u, dt, A, B, C):
+    """h = e^(dt A) h + dt u B^T, y = h C + D u; u [B, T, H, P], A [H, P, N] or of ones."""
+    h, y, D = 0.0, [], m.D.view(u.shape[2], -1)
+    for t in range(u.shape[1]):
+        h = (dt[:, t, ..., None] * A).exp() * h + (dt * u)[:, t, ..., None] * B[:, t, :, None]
+        y.append(m.config.scale * (h * C[:, t, :, None]).sum(-1) + D * u[:, t])
+    return torch.stack(y, 1).flatten(2)
+
+
+def mamba(m, x):
+    c, (width, N), H = m.config, m.A_log.shape, m.config.num_heads or 1
+    act, kv_heads, y = getattr(F, c.hidden_act), c.num_kv_heads or H, m.in_proj(x)
+    u, z = y.split((width // H * kv_heads, y.shape[-1] - width // H * kv_heads), -1)
+    u = conv(u, m.conv1d.weight, m.conv1d.bias, act) if c.use_short_conv else u
+    y = m.x_proj(x if c.num_heads else u)
+    dt, B, C = y.split((y.shape[-1] - (kv_heads + H) * N, kv_heads * N, H * N), -1)
+    dt = F.softplus(m.dt_proj(dt)).unflatten(-1, (H, -1))
+    B, C = stream(m, B, H, N, "B_norm"), stream(m, C, H, N, "C_norm")
+    y = ssm(m, stream(m, u, H, width // H), dt, -m.A_log.exp().view(H, -1, N), B, C)
+    return m.out_proj(y * act(z) if c.use_output_gate else y)
+
+
+def mamba2(m, x):
+    c, H, width, y = m.config, len(m.A_log), m.out_proj.in_features, m.in_proj(x)
+    Z, G, N = width * c.use_output_gate, c.num_kv_heads or c.n_groups, c.state_size
+    z, u, dt = y.split((Z, y.shape[-1] - Z - H, H), -1)
+    u = conv(u, m.conv1d.weight, m.conv1d.bias) if c.use_short_conv else u
+    u, B, C = u.split((u.shape[-1] - (G + c.n_groups) * N, G * N, c.n_groups * N), -1)
+    dt = F.softplus(dt + m.dt_bias).clamp(*c.dt_limit)[..., None]
+    u, B, C = (
+        stream(m, u, H, width // H),
+        stream(m, B, H, N, "B_norm"),
+        stream(m, C, H, N, "C_norm"),
+    )
+    y, gate = ssm(m, u, dt, -m.A_log.exp()[:, None, None], B, C), F.silu(z) if Z else 1.0
+    y, after = (y, gate) if c.norm_before_gate else (y * gate, 1.0)
+    y = rms(y.unflatten(-1, (c.n_groups, -1)), 1).flatten(2) * m.norm.weight if c.rmsnorm else y
+    return m.out_proj(y * after)
+
+
+TEXTBOOK = {
+    "abc": abc,
+    "lightnet": lightnet,
+    "attn": attn,
+    "gla": gla,
+    "linear_attn": linear_attn,
+    "mamba": mamba,
+    "mamba2": mamba2,
+    "simple_gla": simple_gla,
+}
