@@ -104,3 +104,87 @@ def check_conv(
         check_shape("bias", bias, (channels,))
     past = (weight.shape[1] - 1, channels)
     check_sequences(x, state, cu_seqlens, past, name="x", dtype=x.dtype)
+
+
+def check_first(name: str, x: Tensor, axes: str) -> None:
+    """The argument that the others are measured by: these axes, floating, on a device of ours."""
+    expect(x.ndim == len(axes.split()), name, f"shape [{', '.join(axes.split())}]", tuple(x.shape))
+    expect(x.is_floating_point(), name, "a floating dtype", x.dtype)
+    expect(x.device.type in ("cpu", "cuda"), name, "a CPU or CUDA tensor", x.device)
+
+
+def check_like(name: str, x: Tensor, shape: tuple[int, ...], first: str, like: Tensor) -> None:
+    """A floating tensor of that shape, on the device of the argument called ``first``."""
+    check_shape(name, x, shape)
+    expect(x.is_floating_point(), name, "a floating dtype", x.dtype)
+    expect(x.device == like.device, name, f"the device of {first}, {like.device}", x.device)
+
+
+def check_scan(g: Tensor, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Everything ``scan`` can know without reading a value."""
+    check_first("x", x, "B T D")
+    check_like("g", g, tuple(x.shape), "x", x)
+    check_sequences(x, state, cu_seqlens, (x.shape[2],), name="x")
+
+
+def check_selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Everything ``selective_scan`` can know without reading a value."""
+    check_first("u", u, "B T D")
+    channels = u.shape[2]
+    check_like("dt", dt, tuple(u.shape), "u", u)
+    expect(A.ndim == 2, "A", f"shape ({channels}, N)", tuple(A.shape))
+    check_like("A", A, (channels, A.shape[1]), "u", u)
+    expect(B.ndim == 4, "B", "shape [B, T, G, N]", tuple(B.shape))
+    groups = B.shape[2]
+    expect(groups > 0 and channels % groups == 0, "B", f"G to divide {channels}", groups)
+    check_like("B", B, (*u.shape[:2], groups, A.shape[1]), "u", u)
+    check_like("C", C, tuple(B.shape), "u", u)
+    for name, x in (("B", B), ("C", C)):
+        expect(x.dtype == u.dtype, name, f"the dtype of u, {u.dtype}", x.dtype)
+    check_sequences(u, state, cu_seqlens, tuple(A.shape), name="u")
+
+
+def check_dplr(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    low_rank: dict[str, Tensor],
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Everything ``dplr`` can know without reading a value; low_rank is a and b by name."""
+    check_qkv(q, k, v)
+    for name, x in low_rank.items():
+        check_companion(name, x, q, tuple(q.shape))
+    check_decay("g", g, q)
+    check_sequences(q, state, cu_seqlens, (q.shape[2], q.shape[3], v.shape[3]))
+
+
+def check_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Everything ``delta_rule`` can know without reading a value."""
+    check_dplr(q, k, v, g, {}, state, cu_seqlens)
+    check_companion("beta", beta, q, tuple(q.shape[:3]))
+
+
+def check_companion(name: str, x: Tensor, q: Tensor, shape: tuple[int, ...]) -> None:
+    """A tensor of any floating dtype that stands beside q."""
+    check_shape(name, x, shape)
+    expect(x.is_floating_point(), name, "a floating dtype", x.dtype)
+    expect(x.device == q.device, name, f"the device of q, {q.device}", x.device)

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from flacompile.ops.conv import decomposed as conv
 from flacompile.ops.linear_attn import decomposed as linear_attn
+from flacompile.ops.scan import decomposed as scan
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
@@ -17,6 +18,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     return {
         torch.ops.flacompile.conv_forward.default: conv,
         torch.ops.flacompile.linear_attn_forward.default: linear_attn,
+        torch.ops.flacompile.scan_forward.default: scan,
     }
 
 
