@@ -41,12 +41,12 @@ def gradients(
         if g is not None:
             dstate = dstate * _first_decay(g, cu_seqlens).unsqueeze(axis)
     end = final * dfinal
-    dgk = dgv = end.new_empty(0)
+    dgk, dgv = end.new_empty(0), end.new_empty(0)  # an op's outputs must not be one tensor
     if gk is not None:
-        dgk = _decay_gradient(q * dq - k * dk, end.sum(-1), gk, cu_seqlens)
+        dgk = decay_gradient(q * dq - k * dk, end.sum(-1), gk, cu_seqlens)
     if gv is not None:
         o, _ = run(q, k, v, gk, gv, state, cu_seqlens, scale, False)
-        dgv = _decay_gradient(o * do - v * dv, end.sum(-2), gv, cu_seqlens)
+        dgv = decay_gradient(o * do - v * dv, end.sum(-2), gv, cu_seqlens)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dgk, dgv, dstate
 
 
@@ -63,7 +63,7 @@ def _first_decay(g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.where((first == last)[:, None, None], 1.0, decay)
 
 
-def _decay_gradient(
+def decay_gradient(
     change: Tensor, end: Tensor, g: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
     """dg_t = dg_{t+1} + change_t back from dg_{T+1} = end, in every sequence.
