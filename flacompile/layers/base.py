@@ -7,6 +7,7 @@ rows are first moved so that real tokens come first, which makes it inert for an
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -106,16 +107,7 @@ class Mixer(nn.Module):
             y [B, T, D] and the state after the last token of each sequence.
         """
         self.validate(x, state, mask, cu_seqlens)
-        seen = None if state is None else state.position
-        if mask is None:
-            return self.sequence(x, state, Tokens.of(x, seen, None, cu_seqlens))
-        mask = mask.bool()
-        lengths = mask.sum(1)
-        target = torch.where(mask, mask.cumsum(1), lengths[:, None] + (~mask).cumsum(1)) - 1
-        x = x.take_along_dim(target.argsort(1)[..., None], 1)
-        y, state = self.sequence(x, state, Tokens.of(x, seen, lengths, None))
-        y = y.take_along_dim(target[..., None], 1)
-        return torch.where(mask[..., None], y, 0.0), state
+        return in_order(self.sequence, x, state, mask, cu_seqlens)
 
     @abstractmethod
     def sequence(self, x: Tensor, state: Any, tokens: Tokens) -> tuple[Tensor, Any]:
@@ -245,6 +237,10 @@ class RecurrentMixer(Mixer):
 
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         self.validate_step(x, state)
+        return self.advance(x, state)
+
+    def advance(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        """``step`` on validated input."""
         x = x[:, None]
         tokens = Tokens.of(x, state.position, None, None)
         inputs, conv = self.project(x, state.conv, tokens)
@@ -280,6 +276,26 @@ class RecurrentMixer(Mixer):
                 check_shape(f"{name}[{i}]", part, (num_sequences, *shape))
         for i, part in enumerate(state.recurrent):
             expect(part.dtype == accumulator, f"state.recurrent[{i}]", str(accumulator), part.dtype)
+
+
+def in_order(
+    sequence: Callable[[Tensor, Any, Tokens], tuple[Tensor, Any]],
+    x: Tensor,
+    state: Any,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Any]:
+    """``sequence`` on rows x [B, T, ...] whose padding was moved to the end; y is moved back."""
+    seen = None if state is None else state.position
+    if mask is None:
+        return sequence(x, state, Tokens.of(x, seen, None, cu_seqlens))
+    mask = mask.bool()
+    lengths = mask.sum(1)
+    target = torch.where(mask, mask.cumsum(1), lengths[:, None] + (~mask).cumsum(1)) - 1
+    x = x.take_along_dim(target.argsort(1)[..., None], 1)
+    y, state = sequence(x, state, Tokens.of(x, seen, lengths, None))
+    y = y.take_along_dim(target[..., None], 1)
+    return torch.where(mask[..., None], y, 0.0), state
 
 
 def repeat_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -6,8 +6,9 @@ it stands; their defaults leave the mixer as it is published.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class QKVMixer(Mixer):
             return key, value
 
     config: Config
+    places: ClassVar[dict[str, str]] = {name: f"{name}_proj" for name in "qkvo"}
 
     def __init__(
         self,
@@ -95,16 +97,24 @@ class QKVMixer(Mixer):
             convolve = self.get_submodule(name)
             streams[i], last = convolve(streams[i], None if past is None else past[i], tokens)
             conv.append(last)
+        return *self.by_heads(streams, tokens), tuple(conv)
+
+    def by_heads(self, streams: Sequence[Tensor], tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Three projections [B, T, H *] -> q, k, v [B, T, H, *], normalised and rotated."""
         dims = (self.key_dim, self.key_dim, self.value_dim)
         q, k, v = (s.unflatten(-1, (-1, dim)) for s, dim in zip(streams, dims, strict=True))
         if self.qk_norm is not None:
             q, k = self.qk_norm.apply(self.q_norm, q), self.qk_norm.apply(self.k_norm, k)
         if self.rotary is not None:
             q, k = self.rotary(q, tokens.position), self.rotary(k, tokens.position)
-        return q, k, v, tuple(conv)
+        return q, k, v
 
-    def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        return self.q_proj, self.k_proj, self.v_proj
+    def projection(self, name: str) -> nn.Linear:
+        """The one of attention's projections that is called "q", "k", "v" or "o"."""
+        return self.get_submodule(self.places[name])  # type: ignore[return-value]
+
+    def _projections(self) -> list[nn.Linear]:
+        return [self.projection(name) for name in "qkv"]
 
     @classmethod
     def site_fields(cls, site: AttentionSite) -> dict[str, Any]:
@@ -133,7 +143,7 @@ class QKVMixer(Mixer):
     def load_attention(self, weights: AttentionWeights) -> None:
         """Copies an attention's projections and norms; a bias it lacks becomes zero."""
         for name in "qkvo":
-            proj: nn.Linear = self.get_submodule(f"{name}_proj")  # type: ignore[assignment]
+            proj = self.projection(name)
             _copy(f"{name}_weight", proj.weight, getattr(weights, f"{name}_weight"))
             bias = getattr(weights, f"{name}_bias")
             expect(bias is None or proj.bias is not None, f"{name}_bias", "None", "a tensor")
