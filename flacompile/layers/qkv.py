@@ -63,10 +63,10 @@ class QKVMixer(Mixer):
         self.key_dim, self.value_dim, self.kv_heads = key_dim, value_dim, kv_heads
         self.scale = config.scale
         width, bias = config.hidden_size, config.qkv_bias
-        self.q_proj = nn.Linear(width, heads * key_dim, bias)
-        self.k_proj = nn.Linear(width, kv_heads * key_dim, bias)
-        self.v_proj = nn.Linear(width, kv_heads * value_dim, bias)
-        self.o_proj = nn.Linear(heads * value_dim, width, config.o_bias)
+        self.q_proj = self.linear(width, heads * key_dim, bias)
+        self.k_proj = self.linear(width, kv_heads * key_dim, bias)
+        self.v_proj = self.linear(width, kv_heads * value_dim, bias)
+        self.o_proj = self.linear(heads * value_dim, width, config.o_bias)
         self.qk_norm = qk_norm
         if self.qk_norm is not None:
             self.q_norm = self.qk_norm.module(heads, key_dim)
@@ -75,6 +75,10 @@ class QKVMixer(Mixer):
         expect(turned <= key_dim, "rotary", f"at most {key_dim} channels of a head", turned)
         self.rotary = None if rotary is None else Rotary(rotary)
         self.convolutions: tuple[str, ...] = ()
+
+    def linear(self, inputs: int, outputs: int, bias: bool) -> nn.Linear:
+        """What q, k, v and o are made of."""
+        return nn.Linear(inputs, outputs, bias)
 
     def add_convolutions(self, size: int, bias: bool) -> None:
         """A short convolution of silu output on each of q, k and v."""
