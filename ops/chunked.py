@@ -58,7 +58,7 @@ def chunked(
         gk = gk + split(sum(scalar)) if scalar else gk
         o = _inside_diagonal(q, k, v, gk, gv)
 
-    to_end_k, to_end_v = _after(gk).exp(), _after(gv).exp()
+    to_end_k, to_end_v = after(gk).exp(), after(gv).exp()
     ends = (k * to_end_k).mT @ (v * to_end_v)  # [B, H, n, K, V]
     starts, final = _across_chunks(ends, gk.sum(-2), gv.sum(-2), state, levels)
     o = o + (q * gk.cumsum(-2).exp()) @ starts * gv.cumsum(-2).exp()
@@ -66,7 +66,7 @@ def chunked(
     return o * scale, final.reshape(-1, state.shape[1], key_dim, value_dim)
 
 
-def _after(g: Tensor) -> Tensor:
+def after(g: Tensor) -> Tensor:
     """What decays an entry to the end of its span: the sum of the g after it (dim -2)."""
     return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
@@ -87,8 +87,8 @@ def _inside_diagonal(q: Tensor, k: Tensor, v: Tensor, gk: Tensor, gv: Tensor) ->
             return x.unflatten(-2, (chunk // span, 2, span // 2))[..., half, :, :]  # noqa: B023
 
         right = halves(q, 1) * halves(gk, 1).cumsum(-2).exp()
-        left = halves(k, 0) * _after(halves(gk, 0)).exp()
-        part = right @ left.mT @ (halves(v, 0) * _after(halves(gv, 0)).exp())
+        left = halves(k, 0) * after(halves(gk, 0)).exp()
+        part = right @ left.mT @ (halves(v, 0) * after(halves(gv, 0)).exp())
         part = part * halves(gv, 1).cumsum(-2).exp()
         o = o + F.pad(part[..., None, :, :], (0, 0, 0, 0, 1, 0)).flatten(-4, -2)
         span //= 2

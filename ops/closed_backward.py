@@ -63,9 +63,7 @@ def _first_decay(g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.where((first == last)[:, None, None], 1.0, decay)
 
 
-def decay_gradient(
-    change: Tensor, end: Tensor, g: Tensor, cu_seqlens: Tensor | None
-) -> Tensor:
+def decay_gradient(change: Tensor, end: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """dg_t = dg_{t+1} + change_t back from dg_{T+1} = end, in every sequence.
 
     Args:

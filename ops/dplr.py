@@ -1,28 +1,237 @@
-"""Temporary: the token loop behind the final interface."""
+"""A state transition that is diagonal plus low rank.
+
+    S_t = (diag(e^g_t) + b_t a_t^T) S_{t-1} + k_t v_t^T        o_t = scale q_t S_t
+
+The primitive behind RWKV-7 (Peng et al. 2025) and, through ``delta_rule``, behind DeltaNet (Yang et
+al. 2024), Gated DeltaNet, DeltaProduct and KDA. With u_t = S_{t-1}^T a_t it is two writes, b u^T
+and k v^T; the op has the delta rule's single one as well: without b, u_t = v_t + S_{t-1}^T a_t and
+
+    S_t = diag(e^g_t) S_{t-1} + k_t u_t^T
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from flacompile.ops import spec
+from flacompile.ops.chunked import CHUNK
+from flacompile.ops.chunked_dplr import chunked_sweep, loop
+from flacompile.ops.define import define
+from flacompile.ops.dplr_gradients import forward, gradients
+from flacompile.ops.linear_attn import _run_cpu as read_cpu
+from flacompile.ops.linear_attn import _run_cuda as read_cuda
+from flacompile.ops.validate import check_dplr
+
+Triple = tuple[Tensor, Tensor, Tensor]
 
 
 def dplr(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor, *,
-    scale: float | None = None, state: Tensor | None = None, cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-    out, last = [], []
-    for i, (s, e) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        def cut(x): return None if x is None else x[:, s:e]
-        S = state if state is None or cu_seqlens is None else state[i : i + 1]
-        o, S = spec.dplr(cut(q), cut(k), cut(v), cut(g), cut(a), cut(b), scale, S)
-        out.append(o.to(v.dtype)); last.append(S)
-    return torch.cat(out, 1), torch.cat(last)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """o_t = scale q_t S_t with S_t = (diag(e^g_t) + b_t a_t^T) S_{t-1} + k_t v_t^T.
+
+    Under autocast q, k and v are taken in the autocast dtype; sums are fp32 always.
+
+    Args:
+        q, k: [B, T, H, K], one floating dtype for q, k and v.
+        v: [B, T, H, V].
+        g: natural-log decay, <= 0, fp32: [B, T, H] (one number a head), [B, T, H, K] or None.
+        a, b: [B, T, H, K], each in any floating dtype. a reads the state before the decay.
+        scale: factor on the output; None is K^-0.5.
+        state: the state before the first token, [N, H, K, V] fp32; None is zero. N is B, or the
+            number of packed sequences.
+        cu_seqlens: bounds of the packed sequences, [N + 1], int32 or int64, first 0, last T; then
+            B is 1. Sequences may be empty.
+
+    Returns:
+        o [B, T, H, V] in the dtype of v, and the final state [N, H, K, V].
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; on the CPU also g > 0.
+    """
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    check_dplr(q, k, v, g, {"a": a, "b": b}, state, cu_seqlens)
+    return run(q, k, v, g, a, b, scale, state, cu_seqlens)
 
 
 def dplr_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor, *, scale: float | None = None, state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float | None = None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token of ``dplr`` in plain PyTorch.
+
+    Args:
+        q, k, a, b: [B, H, K].
+        v: [B, H, V].
+        g: [B, H], [B, H, K] or None.
+        scale: factor on the output; None is K^-0.5.
+        state: [B, H, K, V] fp32.
+
+    Returns:
+        o [B, H, V] in the dtype of v, and the new state.
+    """
+    dtype = v.dtype
+    q, k, v, a, b = (x.to(state.dtype)[..., None, :] for x in (q, k, v, a, b))
+    u = a @ state  # [B, H, 1, V]
+    if g is not None:
+        state = state * g.to(state.dtype).exp().reshape(*q.shape[:2], -1, 1)
+    state = state + b.mT * u + k.mT * v
+    o = (q @ state)[..., 0, :] * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return o.to(dtype), state
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None,
+    scale: float | None, state: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    def one(x): return None if x is None else x[:, None]
-    o, S = spec.dplr(one(q), one(k), one(v), one(g), one(a), one(b), scale, state)
-    return o[:, 0].to(v.dtype), S
+    """The op on checked input, defaults filled in; o is in the dtype of q."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if state is None:
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        accumulator = torch.promote_types(q.dtype, torch.float32)
+        state = q.new_zeros(sequences, *q.shape[2:], v.shape[3], dtype=accumulator)
+    g = g if g is None else g.to(state.dtype)
+    o, final, _ = _forward(q, k, v, g, a, b, state, cu_seqlens, scale)
+    return o, final
+
+
+def decomposed(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> Triple:  # fmt: skip
+    """The op as a fixed number of aten operations, for exporters; not for packed sequences."""
+    raise NotImplementedError
+
+
+def _sweep_cpu(
+    a: Tensor, b: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor | None, c: Tensor | None,
+    g: Tensor | None, state: Tensor, cu_seqlens: Tensor | None, reverse: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """``chunked_sweep`` of every sequence, in the direction asked for."""
+    bounds = [0, a.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    states = [state] if cu_seqlens is None else state.split(1)
+    results = []
+    for (first, last), start in zip(pairwise(bounds), states, strict=True):
+        span = [x if x is None else x[:, first:last] for x in (a, b, q, k, v, c, g)]
+        if reverse:
+            span = [x if x is None else x.flip(1) for x in span]
+        chunk = min(CHUNK, 1 << max(last - first - 1, 0).bit_length())
+        u, o, final = chunked_sweep(*span, start, across=loop, chunk=chunk)
+        results.append([x if x is None or not reverse else x.flip(1) for x in (u, o)] + [final])
+    u, o, final = zip(*results, strict=True)
+    return torch.cat(u, 1), None if q is None else torch.cat(o, 1), torch.cat(final)
+
+
+def _sweep_cuda(
+    a: Tensor, b: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor | None, c: Tensor | None,
+    g: Tensor | None, state: Tensor, cu_seqlens: Tensor | None, reverse: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    raise NotImplementedError
+
+
+@torch.autocast("cpu", enabled=False)  # sums are fp32, whatever the caller's context
+def dplr_forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> Triple:  # fmt: skip
+    """The op on a CPU. The sign of the decays is checked here, where reading them costs no sync."""
+    if g is not None and g.numel() and g.max() > 0:
+        raise ValueError(f"g must be a log decay <= 0, got a maximum of {g.max():.4g}")
+    o, final, u = forward(_sweep_cpu, q, k, v, g, a, b, state, cu_seqlens, scale)
+    return o.to(q.dtype), final, u
+
+
+def _forward_cuda(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> Triple:  # fmt: skip
+    o, final, u = forward(_sweep_cuda, q, k, v, g, a, b, state, cu_seqlens, scale)
+    return o.to(q.dtype), final, u
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> Triple:  # fmt: skip
+    return q.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(v.shape)
+
+
+@torch.autocast("cpu", enabled=False)
+def dplr_backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of every input of the op, on a CPU."""
+    inputs = (q, k, v, g, a, b, state, cu_seqlens, scale, u, final, do, dfinal)
+    return gradients(_sweep_cpu, read_cpu, *inputs)
+
+
+def _backward_cuda(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = (q, k, v, g, a, b, state, cu_seqlens, scale, u, final, do, dfinal)
+    return gradients(_sweep_cuda, read_cuda, *inputs)
+
+
+def _backward_fake(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    def like(x: Tensor | None) -> Tensor:
+        return state.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    return like(q), like(k), like(v), like(g), like(a), like(b), like(state)
+
+
+_forward, _forward_ops = define(dplr_forward, _forward_cuda, _forward_fake)
+_backward, _ = define(dplr_backward, _backward_cuda, _backward_fake)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
+    *tensors, scale = inputs
+    _, final, u = output
+    ctx.save_for_backward(*tensors, u, final)
+    ctx.mark_non_differentiable(u)
+    ctx.scale = scale
+
+
+def _backward_of_op(ctx: Any, do: Tensor, dfinal: Tensor, du: Any) -> tuple[Tensor | None, ...]:
+    *tensors, u, final = ctx.saved_tensors
+    dq, dk, dv, dg, da, db, dstate = _backward(*tensors, ctx.scale, u, final, do, dfinal)
+    g, b = tensors[3], tensors[5]
+    dg, db = None if g is None else dg, None if b is None else db
+    return dq, dk, dv, dg, da, db, dstate, None, None
+
+
+def _flops(q: Any, k: Any, v: Any, g: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    """Multiply-adds of the recurrence, two each: S a and S q read, k v^T and b u^T written."""
+    batch, time, heads, key_dim = q
+    return (6 if b is None else 8) * batch * time * heads * key_dim * v[-1]
+
+
+for _op in _forward_ops:
+    _op.register_autograd(_backward_of_op, setup_context=_setup)
+    register_flop_formula(_op._opoverload.overloadpacket)(_flops)

@@ -164,7 +164,7 @@ def check_dplr(
     """Everything ``dplr`` can know without reading a value; low_rank is a and b by name."""
     check_qkv(q, k, v)
     for name, x in low_rank.items():
-        check_companion(name, x, q, tuple(q.shape))
+        check_like(name, x, tuple(q.shape), "q", q)
     check_decay("g", g, q)
     check_sequences(q, state, cu_seqlens, (q.shape[2], q.shape[3], v.shape[3]))
 
@@ -180,11 +180,4 @@ def check_delta_rule(
 ) -> None:
     """Everything ``delta_rule`` can know without reading a value."""
     check_dplr(q, k, v, g, {}, state, cu_seqlens)
-    check_companion("beta", beta, q, tuple(q.shape[:3]))
-
-
-def check_companion(name: str, x: Tensor, q: Tensor, shape: tuple[int, ...]) -> None:
-    """A tensor of any floating dtype that stands beside q."""
-    check_shape(name, x, shape)
-    expect(x.is_floating_point(), name, "a floating dtype", x.dtype)
-    expect(x.device == q.device, name, f"the device of q, {q.device}", x.device)
+    check_like("beta", beta, tuple(q.shape[:3]), "q", q)

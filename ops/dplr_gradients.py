@@ -1,0 +1,145 @@
+"""The forward and the backward of dplr, each in sweeps over time that do not know the device.
+
+A sweep goes forward, or with ``reverse`` from the last token to the first:
+
+    u_t = S_{t-1}^T a_t + c_t        o_t = S_{t-1}^T q_t
+    S_t = diag(e^g_t) S_{t-1} + b_t u_t^T + k_t v_t^T
+
+dplr reads q after the write, which is (e^g q)^T S_{t-1} and two dot products of vectors. With D_t
+the gradient of S_t and E_{t-1} = diag(e^g_t) D_t + a_t w_t^T what it hands to the token before,
+
+    w_t  = D_t^T b_t = E_t^T b_t + (q_t . b_t) do_t        the gradient of u_t
+    dv_t = D_t^T k_t = E_t^T k_t + (q_t . k_t) do_t
+    E_{t-1} = diag(e^g_t) E_t + a_t w_t^T + (e^g_t q_t) do_t^T
+
+is the same sweep back in time with a and b exchanged. With u and w known, S is a linear_attn state
+with the writes (b, u) and (k, v), D one back in time with (q_t, do_t) and (a_{t+1}, w_{t+1}):
+
+    dq_t = S_t do_t        da_t = S_{t-1} w_t        dk_t = D_t v_t        db_t = D_t u_t
+    dg_t = dg_{t+1} + q_t dq_t + a_{t+1} da_{t+1} - b_t db_t - k_t dk_t
+
+and dg_{T+1} = sum_v S_T dS_T. Without b there is one write: c = v, b = k, and no k and v.
+"""
+
+from collections.abc import Callable
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flacompile.ops.closed_backward import decay_gradient
+
+Sweep = Callable[..., tuple[Tensor, Tensor | None, Tensor]]
+Read = Callable[..., tuple[Tensor, Tensor]]
+
+
+def forward(
+    sweep: Sweep, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None,
+    state: Tensor, cu_seqlens: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """o, the final state and u, in the dtype of the state."""
+    early = _decayed(q, g, state.dtype)
+    if b is None:
+        u, o, final = sweep(a, k, early, None, None, v, g, state, cu_seqlens, False)
+        return scale * (o + _dot(q, k, u) * u), final, u
+    u, o, final = sweep(a, b, early, k, v, None, g, state, cu_seqlens, False)
+    return scale * (o + _dot(q, b, u) * u + _dot(q, k, u) * v), final, u
+
+
+def gradients(
+    sweep: Sweep, read: Read,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None,
+    state: Tensor, cu_seqlens: Tensor | None, scale: float,
+    u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, dg, da, db, dstate; dg and db are empty without g and b.
+
+    Args:
+        sweep: ``sweep(a, b, q, k, v, c, g, state, cu_seqlens, reverse)``.
+        read: ``linear_attn``, as ``closed_backward.gradients`` takes it.
+        u, final: what the forward returned.
+        do, dfinal: gradients of o and of the final state.
+    """
+    do = scale * do.to(u.dtype)
+    early, write = _decayed(q, g, u.dtype), k if b is None else b
+    c = _dot(q, write, u) * do
+    w, dv, dstate = sweep(
+        write, a, None if b is None else k, early, do, c, g, dfinal, cu_seqlens, True
+    )
+    dv = w if dv is None else dv + _dot(q, k, u) * do
+
+    next_a, next_w = _next(a, cu_seqlens), _next(w, cu_seqlens)
+    into_s = [(k, u)] if b is None else [(k, v), (b, u)]
+    into_d = [(q, do), (next_a, next_w)]
+    values = [value for _, value in into_s]
+    dq, next_da = _reads(read, [do, next_w], into_s, g, state, cu_seqlens, False)
+    dk, *rest = _reads(read, values, into_d, g, dfinal, cu_seqlens, True)
+    da = _previous(next_da, _at_first(w, state, cu_seqlens), cu_seqlens)
+    dg, db = u.new_empty(0), u.new_empty(0)  # an op's outputs must not be one tensor
+    change = q * dq + next_a * next_da - k * dk
+    if b is not None:
+        change = change - b * rest[0]
+        db = rest[0].to(b.dtype)
+    if g is not None:
+        dg = decay_gradient(change, (final * dfinal).sum(-1), g, cu_seqlens)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, da.to(a.dtype), db, dstate
+
+
+def _decayed(q: Tensor, g: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if g is None:
+        return q
+    return q.to(dtype) * (g if g.ndim == 4 else g[..., None]).exp()
+
+
+def _dot(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
+    return (x.to(like.dtype) * y.to(like.dtype)).sum(-1, keepdim=True)
+
+
+def _reads(
+    read: Read, queries: list[Tensor], writes: list[tuple[Tensor, Tensor]], g: Tensor | None,
+    state: Tensor, cu_seqlens: Tensor | None, reverse: bool,
+) -> list[Tensor]:  # fmt: skip
+    """S_t x_t [B, T, H, K] of each query x [B, T, H, V], S the sum of the writes (y, z): y z^T.
+
+    A state is linear in what is written, so every pair of query and write is a head of its own.
+    """
+    pairs = list(product(queries, writes))
+    x, values, keys = (
+        torch.cat(parts, 2)
+        for parts in zip(*((query, value, key) for query, (key, value) in pairs), strict=True)
+    )
+    starts = [state.mT, *[torch.zeros_like(state.mT)] * (len(writes) - 1)] * len(queries)
+    g = g if g is None else torch.cat([g] * len(pairs), 2)
+    o, _ = read(x, values, keys, None, g, torch.cat(starts, 1), cu_seqlens, 1.0, reverse)
+    return [x.sum(2) for x in o.unflatten(2, (len(queries), len(writes), -1)).unbind(2)]
+
+
+def _is_first(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token of a pack [T]: the number of its sequence, and whether it begins one."""
+    time = torch.arange(x.shape[1], device=x.device)
+    sequence = torch.searchsorted(cu_seqlens, time, right=True) - 1
+    return sequence, cu_seqlens[sequence] == time
+
+
+def _next(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x_{t+1} of the same sequence, 0 at its end: [B, T, H, X]."""
+    if cu_seqlens is not None:
+        x = torch.where(_is_first(x, cu_seqlens)[1][:, None, None], 0.0, x)
+    return F.pad(x[:, 1:], (0, 0, 0, 0, 0, min(x.shape[1], 1)))
+
+
+def _previous(x: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x_{t-1} of the same sequence, ``first`` [N, H, X] at its start: [B, T, H, X]."""
+    if cu_seqlens is None:
+        return torch.cat([first[:, None], x], 1)[:, : x.shape[1]]
+    sequence, is_first = _is_first(x, cu_seqlens)
+    return torch.where(is_first[:, None, None], first[sequence], x.roll(1, 1))
+
+
+def _at_first(w: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """S_0 w_1 of each sequence, [N, H, K]; anything for an empty one."""
+    if not w.shape[1]:
+        return state[..., 0]
+    first = w[:, 0] if cu_seqlens is None else w[0, cu_seqlens[:-1].clamp(max=w.shape[1] - 1)]
+    return (state @ first[..., None])[..., 0]
