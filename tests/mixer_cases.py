@@ -14,7 +14,9 @@ from mixer_inputs import HALVES
 from flacompile.blocks import QKNorm, Rotary
 from flacompile.layers import MIXERS
 from flacompile.layers.qkv import QKVMixer
+from flacompile.yarn import RopeScaling
 
+YARN = RopeScaling(factor=4.0, original_max_position_embeddings=40, mscale_all_dim=0.8)
 PAIRS = Rotary.Config(inv_freq=(1.0, 0.1), interleaved=True, factor=1.2)
 QKV = {  # of every mixer with the projections of attention
     "plain": {},
@@ -36,6 +38,10 @@ VARIANTS = {
         "window": {"window_size": 5, "num_kv_heads": 2},
         "no_rotary": {"rope_theta": None},
         "qk_norm_default": {"qk_norm": True},
+    },
+    "bitattn": {
+        "window": {"window_size": 5, "num_kv_heads": 2},
+        "no_norm": {"input_norm": False, "rope_theta": None},
     },
     "gla": {
         "conv": {"use_short_conv": True, "num_kv_heads": 2, "rotary": HALVES},
@@ -84,11 +90,31 @@ VARIANTS = {
         },
         "qk_norm": {"num_kv_heads": 3, "qk_norm": QKNorm(1e-6, True, 1.0), "rotary": HALVES},
     },
+    "mla": {
+        "yarn": {"rope_scaling": YARN, "window_size": 5},
+        "default": {},
+        "plain_q": {"q_lora_rank": None, "qk_bias": True, "o_bias": True, "rope_theta": None},
+        "converted": {
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 0,
+            "latent_norm": False,
+            "rotary": HALVES,
+            "scale": 0.3,
+        },
+    },
 }
 
 SIZES = {  # where the default ones are large, or do not fit the width
     "mamba": {"intermediate_size": 64, "state_size": 8},
     "mamba2": {"expand": 1, "head_dim": 8, "state_size": 8},
+    "mla": {
+        "num_heads": 4,
+        "q_lora_rank": 10,
+        "qk_rope_head_dim": 6,
+        "kv_lora_rank": 14,
+        "v_head_dim": 5,
+        "qk_nope_head_dim": 7,
+    },
 }
 
 

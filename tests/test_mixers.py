@@ -11,8 +11,9 @@ from mixer_inputs import HALVES, WIDTH, close, draw
 from textbook import TEXTBOOK
 
 from flacompile.blocks import Rotary
-from flacompile.layers import MIXERS, cu_seqlens_from_mask, pad, unpad
+from flacompile.layers import MIXERS, AttentionState, cu_seqlens_from_mask, pad, unpad
 from flacompile.layers.qkv import QKVMixer
+from flacompile.yarn import RopeScaling
 
 CASES = [
     pytest.param(name, fields, id=f"{name}-{case}")
@@ -197,7 +198,10 @@ def test_half_precision(name):
 )
 def test_published_checkpoints_fit(name, layer):
     with torch.device("meta"):
-        mixer = MIXERS[name](MIXERS[name].Config(**layer["config"]))
+        fields = dict(layer["config"])
+        if "rope_scaling" in fields:
+            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        mixer = MIXERS[name](MIXERS[name].Config(**fields))
         published = {key: torch.empty(shape) for key, shape in layer["state_dict"].items()}
     mixer.load_state_dict(published, strict=True, assign=True)
 
@@ -206,7 +210,7 @@ def test_published_checkpoints_fit(name, layer):
 def test_bad_input(name):
     mixer, x = build(name), draw(2, 5)
     state = mixer(x)[1]
-    other = build("gla" if name == "attn" else "attn")(x)[1]
+    other = build("gla" if MIXERS[name].State is AttentionState else "attn")(x)[1]
     mask, cu_seqlens = torch.ones(2, 5).bool(), torch.tensor([0, 2, 5])
     for argument, call in {
         "x: expected a last dimension of 48, got (2, 5, 47)": lambda: mixer(x[..., 1:]),

@@ -6,6 +6,8 @@ a mixer to the registry asks for its loop here, of at most 12 lines, in ``TEXTBO
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -44,11 +46,22 @@ def rotate(x, rotary):
     return y
 
 
+def linear(layer, x):
+    """W x + b; a layer with a norm rounds x to 8 bits and W to -1, 0, 1, gradients passing by."""
+    if not hasattr(layer, "norm"):
+        return layer(x)
+    x = x if layer.norm is None else rms(x, layer.norm.weight, layer.norm.eps)
+    step, size = x.abs().amax(-1, keepdim=True) / 127, layer.weight.abs().mean()
+    x = x + ((x / step).round() * step - x).detach()
+    ternary = (layer.weight / size).round().clamp(-1, 1) * size
+    return F.linear(x, layer.weight + (ternary - layer.weight).detach(), layer.bias)
+
+
 def qkv(m, x, conv_act=F.silu, gate=identity):
     """q, k, v [B, T, H, *] of a mixer, key heads repeated."""
     heads, streams = m.config.num_heads, []
     for name in "qkv":
-        y = getattr(m, f"{name}_proj")(x)
+        y = linear(getattr(m, f"{name}_proj"), x)
         if getattr(m.config, "use_short_conv", False):
             c = getattr(m, f"{name}_conv1d")
             y = conv(y, c.weight, c.bias, conv_act)
@@ -128,14 +141,33 @@ FEATURE_MAPS = {  # of x and the parameters f
 }
 
 
+def softmax(m, q, k, v, scale):
+    """o_t = Σ_s softmax_s(scale q_t·k_s) v_s over the window."""
+    o, window = [], m.config.window_size or q.shape[1]
+    for t in range(q.shape[1]):
+        near = slice(max(0, t + 1 - window), t + 1)
+        weights = (scale * torch.einsum("bhk,bshk->bhs", q[:, t], k[:, near])).softmax(-1)
+        o.append(torch.einsum("bhs,bshv->bhv", weights, v[:, near]))
+    return linear(m.o_proj, torch.stack(o, 1).flatten(2))
+
+
 def attn(m, x):
-    (q, k, v), o = qkv(m, x), []
-    for t in range(x.shape[1]):
-        first = 0 if m.config.window_size is None else max(0, t + 1 - m.config.window_size)
-        scores = torch.einsum("bhk,bshk->bhs", q[:, t], k[:, first : t + 1])
-        weights = (scores * (m.config.scale or q.shape[-1] ** -0.5)).softmax(-1)
-        o.append(torch.einsum("bhs,bshv->bhv", weights, v[:, first : t + 1]))
-    return m.o_proj(torch.stack(o, 1).flatten(2))
+    q, k, v = qkv(m, x)
+    return softmax(m, q, k, v, m.config.scale or q.shape[-1] ** -0.5)
+
+
+def mla(m, x):
+    c, yarn, H, N = m.config, m.config.rope_scaling, m.config.num_heads, m.config.qk_nope_head_dim
+    latent = m.kv_proj[0](x)
+    latent = rms(latent, m.kv_proj[1].weight, c.norm_eps) if c.latent_norm else latent
+    q = x if c.q_lora_rank is None else rms(m.q_proj[0](x), m.q_proj[1].weight, c.norm_eps)
+    q = (m.q_proj if c.q_lora_rank is None else m.q_proj[2])(q).unflatten(-1, (H, -1))
+    k, v = m.kv_proj[2](latent).unflatten(-1, (H, -1)).tensor_split([N], -1)
+    turn = (lambda y: rotate(y, m.rotary)) if m.rotary else identity
+    q = torch.cat((q[..., :N], turn(q[..., N:])), -1)
+    k = torch.cat((k, turn(m.k_rope(x)[:, :, None]).expand(-1, -1, H, -1)), -1)
+    sharpness = 1 + 0.1 * yarn.mscale_all_dim * math.log(yarn.factor) if yarn else 1
+    return softmax(m, q, k, v, c.scale or q.shape[-1] ** -0.5 * sharpness**2)
 
 
 def abc(m, x):
@@ -219,9 +251,11 @@ TEXTBOOK = {
     "abc": abc,
     "lightnet": lightnet,
     "attn": attn,
+    "bitattn": attn,
     "gla": gla,
     "linear_attn": linear_attn,
     "mamba": mamba,
+    "mla": mla,
     "mamba2": mamba2,
     "simple_gla": simple_gla,
 }

@@ -3,23 +3,27 @@
 from flacompile.layers.abc import ABCAttention
 from flacompile.layers.attn import Attention
 from flacompile.layers.base import Mixer, RecurrentState
+from flacompile.layers.bitattn import BitAttention
 from flacompile.layers.cache import AttentionState
 from flacompile.layers.gla import GatedLinearAttention
 from flacompile.layers.lightnet import LightNetAttention
 from flacompile.layers.linear_attn import LinearAttention
 from flacompile.layers.mamba import Mamba
 from flacompile.layers.mamba2 import Mamba2
+from flacompile.layers.mla import MultiheadLatentAttention
 from flacompile.layers.packing import cu_seqlens_from_mask, pad, unpad
 from flacompile.layers.simple_gla import SimpleGatedLinearAttention
 
 MIXERS: dict[str, type[Mixer]] = {
     "abc": ABCAttention,
     "attn": Attention,
+    "bitattn": BitAttention,
     "gla": GatedLinearAttention,
     "lightnet": LightNetAttention,
     "linear_attn": LinearAttention,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "mla": MultiheadLatentAttention,
     "simple_gla": SimpleGatedLinearAttention,
 }
 
@@ -28,12 +32,14 @@ __all__ = [
     "ABCAttention",
     "Attention",
     "AttentionState",
+    "BitAttention",
     "GatedLinearAttention",
     "LightNetAttention",
     "LinearAttention",
     "Mamba",
     "Mamba2",
     "Mixer",
+    "MultiheadLatentAttention",
     "RecurrentState",
     "SimpleGatedLinearAttention",
     "cu_seqlens_from_mask",
