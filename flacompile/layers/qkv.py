@@ -80,11 +80,11 @@ class QKVMixer(Mixer):
         """What q, k, v and o are made of."""
         return nn.Linear(inputs, outputs, bias)
 
-    def add_convolutions(self, size: int, bias: bool) -> None:
-        """A short convolution of silu output on each of q, k and v."""
+    def add_convolutions(self, size: int, bias: bool, activation: str | None = "silu") -> None:
+        """A short convolution on each of q, k and v."""
         self.convolutions = ("q_conv1d", "k_conv1d", "v_conv1d")
         for name, proj in zip(self.convolutions, self._projections(), strict=True):
-            setattr(self, name, ShortConvolution(proj.out_features, size, bias))
+            setattr(self, name, ShortConvolution(proj.out_features, size, bias, activation))
 
     @property
     def conv_shapes(self) -> tuple[tuple[int, int], ...]:
