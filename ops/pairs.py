@@ -39,7 +39,7 @@ def scan_(links: Tensor, x: Tensor, reverse: bool = False) -> Tensor:
     return x
 
 
-def scan_chunks(g: Tensor, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def scan_chunks(g: Tensor, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence by chunks: the same operations whatever T is and none in place, for exporters.
 
     In a chunk each token takes in the one 1, 2, 4, ... before it, with all which that one holds.
@@ -50,7 +50,7 @@ def scan_chunks(g: Tensor, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Te
         state: [B, D].
 
     Returns:
-        h [B, T, D], the states before every chunk [B, n, D] and the final one [B, D].
+        h [B, T, D] and the final state [B, D].
     """
     time = x.shape[1]
     num_chunks = (time + CHUNK - 1) // CHUNK
@@ -70,9 +70,8 @@ def scan_chunks(g: Tensor, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Te
         span *= 2
     ends, decays = join(h[:, -1:]), join(g.sum(1, keepdim=True))  # [B, n, D]
     starts, final = decayed_prefix(ends.mT[..., None], decays.mT, state[..., None], 1)
-    starts = starts[..., 0].mT
-    h = h + reach * starts.reshape(-1, 1, x.shape[2])
-    return join(h)[:, :time], starts, final[..., 0]
+    h = h + reach * starts[..., 0].mT.reshape(-1, 1, x.shape[2])
+    return join(h)[:, :time], final[..., 0]
 
 
 def sequences(time: int, cu_seqlens: Tensor | None) -> list[tuple[slice, slice]]:

@@ -66,7 +66,7 @@ def decomposed(g: Tensor, x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -
     """The op as a fixed number of aten operations, for exporters; not for packed sequences."""
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens: expected None in an exported graph, got packed sequences")
-    h, _, final = scan_chunks(g, x.to(state.dtype), state)
+    h, final = scan_chunks(g, x.to(state.dtype), state)
     return h.to(x.dtype), final.contiguous()
 
 

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from flacompile.ops.conv import decomposed as conv
 from flacompile.ops.linear_attn import decomposed as linear_attn
 from flacompile.ops.scan import decomposed as scan
+from flacompile.ops.selective_scan import decomposed as selective_scan
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
@@ -19,6 +20,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
         torch.ops.flacompile.conv_forward.default: conv,
         torch.ops.flacompile.linear_attn_forward.default: linear_attn,
         torch.ops.flacompile.scan_forward.default: scan,
+        torch.ops.flacompile.selective_scan_forward.default: selective_scan,
     }
 
 
