@@ -48,6 +48,17 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype)
 
 
+def l2norm(x: Tensor) -> Tensor:
+    """x / sqrt(Σ x² + 1e-6) over the last axis, the sum in fp32."""
+    y = at_least_fp32(x)
+    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def inverse_softplus(y: Tensor) -> Tensor:
+    """x with log(1 + e^x) = y, for y > 0."""
+    return y + torch.log(-torch.expm1(-y))
+
+
 class QKNorm(NamedTuple):
     """RMS norm of queries and keys before rotary: over each head, or over the full width."""
 
@@ -59,8 +70,9 @@ class QKNorm(NamedTuple):
         return RMSNorm(head_dim * (1 if self.per_head else num_heads), self.eps, self.offset)
 
     def apply(self, norm: RMSNorm, x: Tensor) -> Tensor:
-        """Normalises x [B, T, H, K]."""
-        return norm(x) if self.per_head else norm(x.flatten(-2)).view_as(x)
+        """Normalises x [B, T, n H, K], the H heads of each of n alike; n is most often 1."""
+        assert norm.weight is not None
+        return norm(x.flatten(-2).unflatten(-1, (-1, norm.weight.shape[0]))).view_as(x)
 
 
 def low_rank(dim: int, rank: int, out: int, bias: bool = True) -> nn.Sequential:

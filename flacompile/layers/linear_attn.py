@@ -23,7 +23,55 @@ if TYPE_CHECKING:
     from flacompile.passes.sites import AttentionSite
 
 
-class LinearAttention(QKVMixer, RecurrentMixer):
+class FeatureAttention(QKVMixer, RecurrentMixer):
+    """Linear attention without decay; Katharopoulos', Based and ReBased. Subclasses set φ.
+
+    Args:
+        config: as of any mixer with the projections of attention.
+        key_dim: channels of a head of q and k.
+        value_dim: channels of a head of v.
+        feature_dim: channels of a head of φ(q) and φ(k).
+        eps: added to the sum of the weights that o is divided by; None leaves o undivided.
+    """
+
+    def __init__(
+        self,
+        config: QKVMixer.Config,
+        key_dim: int,
+        value_dim: int,
+        feature_dim: int,
+        eps: float | None,
+    ) -> None:
+        super().__init__(config, key_dim, value_dim, config.rotary, config.qk_norm)
+        self.feature_dim, self.eps = feature_dim, eps
+        self.norm: nn.Module = nn.Identity()
+
+    @property
+    def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        value_dim = self.value_dim + (self.eps is not None)
+        return ((self.config.num_heads, self.feature_dim, value_dim),)
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """φ(q) and φ(k), both [B, T, H, feature_dim]."""
+        raise NotImplementedError
+
+    def project(
+        self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        q, k, v, conv = self.qkv(x, conv, tokens)
+        q, k = self.features(q, k)
+        if self.eps is not None:
+            v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
+        k, v = (repeat_heads(i, self.config.num_heads) for i in (tokens.zero_padding(k), v))
+        return (q, k, v), conv
+
+    def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        if self.eps is not None:
+            o = o[..., :-1] / (o[..., -1:] + self.eps)
+        return self.o_proj(self.norm(o).flatten(2))
+
+
+class LinearAttention(FeatureAttention):
     @dataclass(frozen=True, kw_only=True)
     class Config(QKVMixer.Config):
         """norm_q, norm_k: φ divided by its sum; do_feature_map_norm: o by its weights' sum."""
@@ -44,41 +92,22 @@ class LinearAttention(QKVMixer, RecurrentMixer):
 
     def __init__(self, config: Config) -> None:
         dims = config.head_dims(config.expand_k, config.expand_v)
-        super().__init__(config, *dims, config.rotary, config.qk_norm)
-        self.feature_map_q, self.feature_dim = feature_map(config.feature_map, self.key_dim)
+        map_q, feature_dim = feature_map(config.feature_map, dims[0])
         tied = config.tie_feature_map_qk
-        self.feature_map_k = (
-            self.feature_map_q if tied else feature_map(config.feature_map, self.key_dim)[0]
-        )
+        map_k = map_q if tied else feature_map(config.feature_map, dims[0])[0]
+        super().__init__(config, *dims, feature_dim, 1e-10 if config.do_feature_map_norm else None)
+        self.feature_map_q, self.feature_map_k = map_q, map_k
         norms = ("rmsnorm", "identity")
         expect(config.output_norm in norms, "output_norm", f"one of {norms}", config.output_norm)
-        self.norm = (
-            RMSNorm(self.value_dim, config.norm_eps, affine=config.elementwise_affine)
-            if config.output_norm == "rmsnorm"
-            else nn.Identity()
-        )
+        if config.output_norm == "rmsnorm":
+            affine = config.elementwise_affine
+            self.norm = RMSNorm(self.value_dim, config.norm_eps, affine=affine)
 
-    @property
-    def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
-        value_dim = self.value_dim + self.config.do_feature_map_norm
-        return ((self.config.num_heads, self.feature_dim, value_dim),)
-
-    def project(
-        self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        q, k, v, conv = self.qkv(x, conv, tokens)
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         q, k = self.feature_map_q(q), self.feature_map_k(k)
         q = q / (q.sum(-1, keepdim=True) + 1e-4) if self.config.norm_q else q
         k = k / (k.sum(-1, keepdim=True) + 1e-4) if self.config.norm_k else k
-        if self.config.do_feature_map_norm:
-            v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
-        k, v = (repeat_heads(i, self.config.num_heads) for i in (tokens.zero_padding(k), v))
-        return (q, k, v), conv
-
-    def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        if self.config.do_feature_map_norm:
-            o = o[..., :-1] / (o[..., -1:] + 1e-10)
-        return self.o_proj(self.norm(o).flatten(2))
+        return q, k
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:

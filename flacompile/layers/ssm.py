@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flacompile.blocks import QKNorm, Rotary, ShortConvolution, activation
+from flacompile.blocks import QKNorm, Rotary, ShortConvolution, activation, inverse_softplus
 from flacompile.layers.base import Mixer, RecurrentMixer, Tokens
 from flacompile.layers.qkv import QKVMixer
 from flacompile.ops.validate import check_shape, expect
@@ -177,11 +177,6 @@ class StateSpaceMixer(RecurrentMixer):
         """Config fields of a conversion: no conv and no gate between q, k, v and o."""
         fields = QKVMixer.site_fields(site) | {"use_short_conv": False, "use_output_gate": False}
         return fields | {"state_size": site.head_dim}
-
-
-def inverse_softplus(y: Tensor) -> Tensor:
-    """x with log(1 + e^x) = y, for y > 0."""
-    return y + torch.log(-torch.expm1(-y))
 
 
 def _load(name: str, target: Tensor | None, source: Tensor | None) -> None:
