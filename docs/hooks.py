@@ -6,11 +6,18 @@ import re
 import sys
 
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flacompile.layers import MIXERS, Mixer
 
-WIDTH, HEADS, LENGTH = 2048, 16, 32768
+WIDTH, LENGTH = 2048, 32768
+SOFTMAX = {  # torch counts its softmax attention on a GPU alone
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(q, k, v)
+    )
+}
 ARXIV = re.compile(r"\(([^()]*), arXiv (\d{4}\.\d{4,5})\)")
 
 
@@ -22,13 +29,17 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def table() -> str:
-    """One row a mixer: name, class, equation, paper, bytes of its state after LENGTH tokens."""
-    rows = ["| name | class | equation | paper | state of a layer |", "|---|---|---|---|---|"]
+    """One row a mixer: equation, paper, state after LENGTH tokens, and what a token costs."""
+    rows = [
+        "| name | class | equation | paper | state of a layer | training | decoding |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, cls in sorted(MIXERS.items()):
         doc = sys.modules[cls.__module__].__doc__ or ""
+        state, flops, traffic = costs(cls)
         rows.append(
             f"| `{name}` | `{cls.__name__}` | `{equation(doc)}` | {paper(doc)} "
-            f"| {size(state_bytes(cls))} |"
+            f"| {size(state)} | {flops / 1e6:,.0f} MFLOP | {size(traffic)} |"
         )
     return "\n".join(rows)
 
@@ -45,15 +56,25 @@ def paper(doc: str) -> str:
     return f"[{found[1]}](https://arxiv.org/abs/{found[2]})" if found else "—"
 
 
-def state_bytes(cls: type[Mixer]) -> int:
-    """Bytes of the state of one sequence of LENGTH tokens, weights in bf16."""
-    with torch.no_grad():
-        mixer = cls(cls.Config(hidden_size=WIDTH, num_heads=HEADS)).bfloat16()
-        one, two = (
-            sum(x.nbytes for x in pytree.tree_leaves(mixer(x)[1]))
-            for x in (torch.zeros(1, time, WIDTH, dtype=torch.bfloat16) for time in (1, 2))
-        )
-    return one + (two - one) * (LENGTH - 1)
+def costs(cls: type[Mixer]) -> tuple[int, float, int]:
+    """Of one layer at WIDTH and its other defaults, bf16 weights, after LENGTH tokens.
+
+    Nothing is computed: shapes alone tell.
+
+    Returns:
+        Bytes of the state; floating-point operations a token of a forward and backward over
+        LENGTH tokens; bytes that decoding one token reads and writes, weights included.
+    """
+    mixer = cls(cls.Config(hidden_size=WIDTH)).bfloat16()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    counter = FlopCounterMode(display=False, custom_mapping=SOFTMAX)
+    with torch.no_grad(), fake, counter:
+        _, state = mixer(torch.zeros(1, LENGTH, WIDTH, dtype=torch.bfloat16))
+        weights = sum(p.nbytes for p in mixer.parameters())
+        held = sum(x.nbytes for x in pytree.tree_leaves(state))
+    rewritten = sum(x.nbytes for x in pytree.tree_leaves(getattr(state, "recurrent", ())))
+    flops = 3 * counter.get_total_flops() / LENGTH
+    return held, flops, weights + held + rewritten
 
 
 def size(count: int) -> str:
