@@ -14,43 +14,73 @@ import subprocess
 import sys
 import tempfile
 from itertools import product
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flacompile.ops.kernels import linear_attn
+from flacompile.ops.kernels import conv, linear_attn
 
 DECAYS = ("none", "g", "gk", "gv", "g gk", "g gv", "gk gv")
 DTYPES = {"bf16": "tf32", "fp16": "tf32", "fp32": "ieee"}
 SHAPES = ((128, 128), (64, 64), (256, 256), (16, 24))  # K, V
 
 
-def variants():
+class Variant(NamedTuple):
+    """A kernel with the types and constants of one launch; its other arguments are None."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+
+
+def linear_attn_variants():
     """Everything at the most common shape; at the others each kind of decay once a dtype."""
     for decay, dtype, reverse in product(DECAYS, DTYPES, (False, True)):
-        yield decay, dtype, *SHAPES[0], reverse
+        yield linear_attn_variant(decay, dtype, *SHAPES[0], reverse)
     for (K, V), decay, dtype in product(SHAPES[1:], ("g", "gk gv"), DTYPES):
-        yield decay, dtype, K, V, False
+        yield linear_attn_variant(decay, dtype, K, V, False)
 
 
-def source(decay, dtype, K, V, reverse):
-    """The kernel with the types and constants of one launch; reverse is also packed, fp32 out."""
+def linear_attn_variant(decay, dtype, K, V, reverse):
+    """reverse is also packed, fp32 out."""
     given = decay.split()
     diagonal = "gk" in given or "gv" in given
-    meta = linear_attn.tiles(K, V, diagonal, dtype == "fp32")
-    options = {name: meta.pop(name) for name in ("num_warps", "num_stages")}
     kernel = linear_attn._diagonal_kernel if diagonal else linear_attn._scalar_kernel
     types = dict.fromkeys("qkvo", f"*{dtype}") | {"final_state": "*fp32", "state": "*fp32"}
     types |= {"scale": "fp32", "T": "i32", "H": "i32"} | dict.fromkeys(given, "*fp32")
-    constants = dict(K=K, V=V, REVERSE=reverse, PRECISION=DTYPES[dtype], **meta)
     if reverse:
         types |= {"cu_seqlens": "*i64", "o": "*fp32"}
-    types = {n: "constexpr" if n in constants else types.get(n) for n in kernel.arg_names}
-    constants |= {n: None for n, kind in types.items() if kind is None}
-    types = {n: kind or "constexpr" for n, kind in types.items()}
+    meta = linear_attn.tiles(K, V, diagonal, dtype == "fp32")
+    constants = dict(K=K, V=V, REVERSE=reverse, PRECISION=DTYPES[dtype], **meta)
+    name = f"linear_attn, {decay}{', reverse' if reverse else ''}, {dtype}, {K}x{V}"
+    return Variant(name, kernel, types, constants)
+
+
+def conv_variants():
+    """Each kernel at few and many taps, the latter packed."""
+    tensors = ("x", "weight", "bias", "state", "y", "final", "dy", "dfinal", "dx", "dstate")
+    for dtype, (W, packed) in product(DTYPES, ((4, False), (8, True))):
+        types = dict.fromkeys(tensors, f"*{dtype}") | {"sums": "*fp32"}
+        types |= dict.fromkeys(("T", "NUM_TOKENS", "C"), "i32")
+        types |= dict.fromkeys(("segment", "cu_seqlens"), "*i64") if packed else {}
+        constants = {"W": W, "PAST": W, **conv.TILE}
+        for kernel in ("forward", "backward", "final", "state_gradient"):
+            name = f"conv {kernel}, {dtype}, {W} taps"
+            yield Variant(name, getattr(conv, f"_{kernel}_kernel"), types, constants)
+
+
+def source(variant):
+    """The kernel as the compiler takes it, and the options of its launch."""
+    names, constants = variant.kernel.arg_names, dict(variant.constants)
+    options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
+    given = {n: t for n, t in variant.types.items() if n in names}
+    constants = {n: constants.get(n) for n in names if n not in given}
+    types = {n: given.get(n, "constexpr") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t[0] == "*"}
-    return ASTSource(kernel, types, constants, aligned), options
+    return ASTSource(variant.kernel, types, constants, aligned), options
 
 
 def needs(compiled):
@@ -65,15 +95,13 @@ def needs(compiled):
 
 
 def main(architectures):
-    for variant in variants():
-        src, options = source(*variant)
+    for variant in (*linear_attn_variants(), *conv_variants()):
+        src, options = source(variant)
         for arch in architectures:
             compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
-            decay, dtype, K, V, reverse = variant
-            print(json.dumps({
-                "name": f"{decay}, {dtype}, {K}x{V}{', reverse' if reverse else ''}",
-                "arch": arch, "shared": compiled.metadata.shared, **needs(compiled),
-            }), flush=True)  # fmt: skip
+            shared = compiled.metadata.shared
+            row = {"name": variant.name, "arch": arch, "shared": shared, **needs(compiled)}
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from flacompile.ops.kernels.launch import launch
 
-ROWS, COLUMNS = 64, 64
+COLUMNS = 64
+TILE = {"ROWS": 64, "COLUMNS": COLUMNS, "num_warps": 8}  # with more a thread, registers spill
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def _input(x, state, t, inside, n, start, c, C, W: tl.constexpr):
 def _input_gradient(dy, dfinal, weight, t, inside, n, start, end, c, C, W: tl.constexpr):
     """The gradient of ``_input`` at t >= start - (W - 1)."""
     dx = _tile(dfinal, n * (W - 1) + (t + W - 1 - end), inside & (t + W - 1 >= end), c, C)
-    for i in tl.static_range(W):
+    for i in range(W):
         later = t + W - 1 - i
         w = tl.load(weight + c * W + i, mask=c < C, other=0.0).to(tl.float32)
         dx += w[None, :] * _tile(dy, later, inside & (later >= start) & (later < end), c, C)
@@ -92,7 +93,7 @@ def _forward_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     if bias is not None:
         total += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    for i in tl.static_range(W):
+    for i in range(W):
         w = tl.load(weight + c * W + i, mask=c < C, other=0.0).to(tl.float32)
         total += w[None, :] * _input(x, state, t - (W - 1) + i, inside, n, start, c, C, W)
     _store(y, t, inside, c, C, total)
@@ -112,7 +113,7 @@ def _backward_kernel(
 
     sums += block.to(tl.int64) * (W + 1) * C
     dy_t = _tile(dy, t, inside, c, C)
-    for i in tl.static_range(W):
+    for i in range(W):
         tap = _input(x, state, t - (W - 1) + i, inside, n, start, c, C, W)
         tl.store(sums + i * C + c, tl.sum(dy_t * tap, 0), mask=c < C)
     tl.store(sums + W * C + c, tl.sum(dy_t, 0), mask=c < C)
@@ -170,9 +171,9 @@ def conv_forward(
     y, final = torch.empty_like(x), torch.empty_like(state)
     segment, columns = _segments(cu_seqlens, T), triton.cdiv(C, COLUMNS)
     launch(
-        _forward_kernel, (triton.cdiv(B * T, ROWS), columns),
+        _forward_kernel, (triton.cdiv(B * T, TILE["ROWS"]), columns),
         x, weight, bias, state, segment, cu_seqlens, y, T, B * T, C,
-        W=W, ROWS=ROWS, COLUMNS=COLUMNS,
+        W=W, **TILE,
     )  # fmt: skip
     launch(
         _final_kernel, (N, columns), x, state, cu_seqlens, final, T, C,
@@ -188,13 +189,13 @@ def conv_backward(
     (B, T, C), W, N = x.shape, weight.shape[1], state.shape[0]
     x, weight, state = x.contiguous(), weight.contiguous(), state.contiguous()
     dy, dfinal = dy.contiguous(), dfinal.contiguous()
-    blocks, columns = triton.cdiv(B * T, ROWS), triton.cdiv(C, COLUMNS)
+    blocks, columns = triton.cdiv(B * T, TILE["ROWS"]), triton.cdiv(C, COLUMNS)
     dx, dstate = torch.empty_like(x), torch.empty_like(state)
     sums = torch.empty(blocks, W + 1, C, dtype=torch.float32, device=x.device)
     launch(
         _backward_kernel, (blocks, columns),
         x, weight, state, _segments(cu_seqlens, T), cu_seqlens, dy, dfinal, dx, sums, T, B * T, C,
-        W=W, ROWS=ROWS, COLUMNS=COLUMNS,
+        W=W, **TILE,
     )  # fmt: skip
     launch(
         _state_gradient_kernel, (N, columns), weight, cu_seqlens, dy, dfinal, dstate, T, C,
