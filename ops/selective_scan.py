@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flacompile.ops.define import define
-from flacompile.ops.pairs import CHUNK, scan_, scan_chunks, sequences
+from flacompile.ops.pairs import scan_, scan_chunks, sequences
 from flacompile.ops.validate import check_selective_scan
+
+SPAN = 32  # tokens: 32 [D, N] states, which a CPU's cache and the registers of an SM can hold
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -105,7 +107,7 @@ def _gather(s: Tensor, h: Tensor, groups: int) -> Tensor:
 
 def _recurrence(u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> Pair:
     """a and x of h_t = a_t h_{t-1} + x_t, [*, D, N]."""
-    return (dt[..., None] * A).exp(), _outer(dt * u, B)
+    return (dt[..., None] * A).exp_(), _outer(dt * u, B)
 
 
 def decomposed(
@@ -131,20 +133,20 @@ def _spans(time: int, cu_seqlens: Tensor | None) -> list[tuple[slice, int, slice
     """(rows of the state, slot, tokens) of every span; for the slots see ``_new_starts``."""
     found = []
     for n, tokens in sequences(time, cu_seqlens):
-        slot = 0 if cu_seqlens is None else tokens.start // CHUNK + n.start
-        for i, first in enumerate(range(tokens.start, tokens.stop, CHUNK)):
-            found.append((n, slot + i, slice(first, min(first + CHUNK, tokens.stop))))
+        slot = 0 if cu_seqlens is None else tokens.start // SPAN + n.start
+        for i, first in enumerate(range(tokens.start, tokens.stop, SPAN)):
+            found.append((n, slot + i, slice(first, min(first + SPAN, tokens.stop))))
     return found
 
 
 def _new_starts(u: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Room for the states before each span, [B, slots, D, N]; what no span has stays zero.
 
-    The slots of packed sequence n begin at cu_seqlens[n] // CHUNK + n, which needs no count of the
+    The slots of packed sequence n begin at cu_seqlens[n] // SPAN + n, which needs no count of the
     spans before it. There is one more than that takes: a trace would specialise on a single slot.
     """
     in_a_row = 1 if cu_seqlens is None else state.shape[0]
-    return state.new_zeros(u.shape[0], u.shape[1] // CHUNK + in_a_row + 1, *state.shape[1:])
+    return state.new_zeros(u.shape[0], u.shape[1] // SPAN + in_a_row + 1, *state.shape[1:])
 
 
 @torch.autocast("cpu", enabled=False)  # sums are fp32, whatever the caller's context
@@ -206,12 +208,14 @@ def selective_scan_backward(
         dx = _outer(dy_n, C_n)
         dx[:, -1] += dh[n]
         scan_(a[:, 1:], dx, reverse=True)  # the gradient of each x is that of its h
-        dh[n] = a[:, 0] * dx[:, 0]
-        dg = dx * a * torch.cat([starts[:, slot, None], h[:, :-1]], 1)
+        dg = a.mul_(dx)  # in place, as every temporary this large costs more than the arithmetic
+        dh[n] = dg[:, 0]
+        dg[:, 0] *= starts[:, slot]
+        dg[:, 1:] *= h[:, :-1]
         d_drive = _read(dx, B_n)  # of dt u
         du[:, tokens] = dt_n * d_drive
-        ddt[:, tokens] = u_n * d_drive + (dg * A).sum(-1)
-        dA += (dt_n[..., None] * dg).sum((0, 1))
+        ddt[:, tokens] = u_n * d_drive + torch.einsum("btdn,dn->btd", dg, A)
+        dA += dg.mul_(dt_n[..., None]).sum((0, 1))
         dB[:, tokens] = _gather(dt_n * u_n, dx, groups)
         dC[:, tokens] = _gather(dy_n, h, groups)
     return du.to(u.dtype), ddt, dA, dB.to(B.dtype), dC.to(C.dtype), dh
