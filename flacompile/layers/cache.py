@@ -2,7 +2,8 @@
 
     o_t = a function of q_t and of what is kept of the tokens s <= t, s > t - window
 
-What is kept grows by the tokens of each call, up to the window if there is one.
+What is kept grows by the tokens of each call; with a window it is always that of as many tokens as
+the window has, the earliest of which may be empty.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class AttentionState(NamedTuple):
 
 
 class CachedMixer(Mixer):
-    """A mixer whose state grows. Subclasses define project, mix and the shapes of what is kept."""
+    """A mixer that keeps tokens. Subclasses define project, mix and the shapes of what is kept."""
 
     State = AttentionState
     window_size: int | None = None
@@ -114,8 +115,9 @@ class CachedMixer(Mixer):
         else:
             valid = (time >= 0).expand(num_sequences, -1)
         kept = [x.expand(num_sequences, *x.shape[1:]) for x in new] + [valid]
-        if state is not None:
-            old = (*state.cached, state.valid)
+        if state is not None or self.window_size is not None:
+            empty = (x.new_zeros(num_sequences, self.window_size or 0, *x.shape[2:]) for x in kept)
+            old = empty if state is None else (*state.cached, state.valid)
             kept = [torch.cat(pair, 1) for pair in zip(old, kept, strict=True)]
         if self.window_size is not None:
             last = kept[-1].int().argsort(dim=1, stable=True)[:, -self.window_size :]
@@ -126,11 +128,12 @@ class CachedMixer(Mixer):
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> AttentionState:
         weight = next(self.parameters())
         device = weight.device if device is None else device
+        rows = (batch_size, self.window_size or 0)
         cached = tuple(
-            torch.zeros(batch_size, 0, *shape, dtype=weight.dtype, device=device)
+            torch.zeros(*rows, *shape, dtype=weight.dtype, device=device)
             for shape in self.cached_shapes
         )
-        valid = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)
+        valid = torch.zeros(rows, dtype=torch.bool, device=device)
         position = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return AttentionState(cached, valid, position)
 
