@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flacompile.ops import conv
+
 if TYPE_CHECKING:
     from flacompile.layers.base import Tokens
 
@@ -309,22 +311,7 @@ class ShortConvolution(nn.Module):
             y [B, T, C] and the last W - 1 inputs [N, W - 1, C].
         """
         past = no_inputs(x, self.size - 1, tokens) if past is None else past.to(x.dtype)
-        taps = self._taps(x, past) if tokens.cu_seqlens is None else self._packed(x, past, tokens)
-        y: Tensor = sum(  # type: ignore[assignment]
-            tap * self.weight[:, 0, i] for i, tap in enumerate(taps)
-        )
-        y = y if self.bias is None else y + self.bias
-        return self.activation(y).to(x.dtype), last_inputs(x, past, tokens)
-
-    def _taps(self, x: Tensor, past: Tensor) -> list[Tensor]:
-        padded = torch.cat((past, x), 1)
-        return [padded[:, i : i + x.shape[1]] for i in range(self.size)]
-
-    def _packed(self, x: Tensor, past: Tensor, tokens: Tokens) -> list[Tensor]:
-        taps, reach = [x], self.size - 1
-        assert tokens.segment is not None and tokens.since is not None
-        for i in range(1, self.size):  # x_{t-i} from x, or from the state near a start
-            shifted = F.pad(x, (0, 0, i, 0))[:, : x.shape[1]]
-            old = past[tokens.segment, (tokens.since - i + reach).clamp(max=reach - 1)]
-            taps.insert(0, torch.where((tokens.since >= i)[:, None], shifted, old))
-        return taps
+        y, last = conv(x, self.weight[:, 0], self.bias, state=past, cu_seqlens=tokens.cu_seqlens)
+        if tokens.lengths is not None:  # the op has taken padding for tokens
+            last = last_inputs(x, past, tokens)
+        return self.activation(y), last
