@@ -14,9 +14,9 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .PHONY: test lint docs demo env clean
 
-# One thread: the tensors of the tests are small, and on busy cores threads wait for each other.
+# Two processes of one thread: the tensors of the tests are small, and threads wait for each other.
 test: lint docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup
 
 lint: env
 	$(BIN)/ruff check .

@@ -20,6 +20,8 @@ from flacompile.distill.data import batch, read_tokens, split
 from flacompile.files import write_atomically
 from flacompile.passes.swap_attention import routed, swapped
 
+pytestmark = pytest.mark.xdist_group("distill")  # its fixtures are long in the making
+
 TEACHER = Path(__file__).parent / "teacher"
 TINY = Recipe(
     align=Stage(steps=3),

@@ -14,6 +14,8 @@ from torch._inductor.package import load_package
 
 import flacompile
 
+pytestmark = pytest.mark.xdist_group("export")  # its fixtures are long in the making
+
 exporting = import_module("flacompile.export")
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 PROMPT, TOKENS = [3, 1, 4, 1, 5, 9, 2, 6], 12
