@@ -43,6 +43,23 @@ VARIANTS = {
         "window": {"window_size": 5, "num_kv_heads": 2},
         "no_norm": {"input_norm": False, "rope_theta": None},
     },
+    "based": {"odd": {"feature_dim": 5, "head_dim": 7, "num_kv_heads": 2}},
+    "gated_deltanet": {
+        "more_values": {"num_v_heads": 8, "conv_bias": True, "rotary": HALVES},
+        "no_conv": {"use_short_conv": False, "num_kv_heads": 2, "allow_neg_eigval": True},
+        "bare": {
+            "use_short_conv": False,
+            "activation": "identity",
+            "use_gate": False,
+            "output_norm": False,
+            "beta_bias": True,
+        },
+    },
+    "gated_deltaproduct": {
+        "three": {"num_householder": 3, "num_v_heads": 8, "conv_size": 3},
+        "one": {"num_householder": 1, "allow_neg_eigval": False, "use_output_gate": False},
+        "no_decay": {"use_forget_gate": False, "use_short_conv": False, "num_kv_heads": 2},
+    },
     "gla": {
         "conv": {"use_short_conv": True, "num_kv_heads": 2, "rotary": HALVES},
         "conv_bias": {"use_short_conv": True, "conv_bias": True, "conv_size": 2},
@@ -88,7 +105,13 @@ VARIANTS = {
             "use_output_gate": False,
             "qkv_bias": True,
         },
-        "qk_norm": {"num_kv_heads": 3, "qk_norm": QKNorm(1e-6, True, 1.0), "rotary": HALVES},
+        "qk_norm": {
+            "num_kv_heads": 3,
+            "qk_norm": QKNorm(1e-6, True, 1.0),
+            "rotary": HALVES,
+            "scale": 0.1,
+            "rmsnorm": False,
+        },
     },
     "mla": {
         "yarn": {"rope_scaling": YARN, "window_size": 5},
@@ -102,9 +125,18 @@ VARIANTS = {
             "scale": 0.3,
         },
     },
+    "rebased": {
+        "offset": {"normalize": False, "offset": 2.0, "num_kv_heads": 2},
+        "no_affine": {"use_gamma": False, "use_beta": False},
+        "no_gamma": {"use_gamma": False, "feature_dim": 7, "eps": 1e-5},
+        "no_norm": {"use_beta": False, "normalize": False, "offset": 1.0},
+    },
 }
 
 SIZES = {  # where the default ones are large, or do not fit the width
+    "based": {"num_heads": 4, "feature_dim": 12},
+    "gated_deltanet": {"num_heads": 4, "head_dim": 12, "expand_v": 1.5},
+    "gated_deltaproduct": {"num_heads": 4, "head_dim": 12, "expand_v": 1.5},
     "mamba": {"intermediate_size": 64, "state_size": 8},
     "mamba2": {"expand": 1, "head_dim": 8, "state_size": 8},
     "mla": {
@@ -115,6 +147,8 @@ SIZES = {  # where the default ones are large, or do not fit the width
         "v_head_dim": 5,
         "qk_nope_head_dim": 7,
     },
+    # a first token of small (q·k)² is fp32 rounding times 1 / eps, in the loop as in the mixer
+    "rebased": {"num_heads": 4, "feature_dim": 12, "eps": 0.01},
 }
 
 

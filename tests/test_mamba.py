@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from mixer_inputs import close
-from test_mixer_conversion import attention_weights, convert, heads, site
+import torch.nn.functional as F
+from mixer_inputs import HALVES, close, draw
+from test_mixer_conversion import attention_weights, convert, site
 from textbook import rotate
 from transformers import Mamba2Config, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
@@ -31,7 +32,10 @@ THEIRS = {  # their mixer, its config, ours
             hidden_size=32, num_heads=8, head_dim=8, n_groups=2, state_size=16,
             chunk_size=16, num_hidden_layers=1, time_step_limit=(0.001, 0.5),
         ),
-        {"hidden_size": 32, "head_dim": 8, "n_groups": 2, "state_size": 16, "dt_limit": (0.001, 0.5)},
+        {
+            "hidden_size": 32, "head_dim": 8, "n_groups": 2, "state_size": 16,
+            "dt_limit": (0.001, 0.5),
+        },
     ),
 }  # fmt: skip
 
@@ -50,3 +54,69 @@ def test_values_of_transformers(name):
     mask[0, :6] = 0  # padding to the left, as they have it
     y = ours(x, mask=mask)[0]
     assert close(y[mask == 1], theirs(x, attention_mask=mask)[mask == 1])
+
+
+def test_start():
+    """dt between its bounds, A from -1 down, D = 1, W_dt up to rank^-0.5."""
+    torch.manual_seed(0)
+    one = MIXERS["mamba"](MIXERS["mamba"].Config(hidden_size=64, dt_min=0.01, dt_init_floor=0.02))
+    two = MIXERS["mamba2"](MIXERS["mamba2"].Config(hidden_size=512, conv_init=0.01))
+    steps = F.softplus(one.dt_proj.bias), F.softplus(two.dt_bias)
+    for dt, low, wide in zip(steps, (0.02, 0.001), (4.5, 10), strict=True):
+        assert low * 0.999 < dt.min() and dt.max() < 0.1001 and dt.max() > wide * dt.min()
+    assert close(one.A_log.exp(), torch.arange(1.0, 17).expand(2048, 16))
+    A = two.A_log.exp()
+    assert A.min() >= 1 and A.max() <= 16 and A.max() > A.min() + 5
+    assert 0.45 < one.dt_proj.weight.max() <= 0.5 and -0.5 <= one.dt_proj.weight.min() < -0.45
+    assert (one.D == 1).all() and (two.D == 1).all() and two.conv1d.weight.abs().max() <= 0.01
+    constant = MIXERS["mamba"](MIXERS["mamba"].Config(hidden_size=64, dt_init="constant"))
+    assert (constant.dt_proj.weight == 0.5).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_conversion(name):
+    """o_t = Σ_s dt 2^(-(t - s) / half-life) · scale (q_t·k_s) v_s; every parameter can learn."""
+    w, x, tokens = attention_weights(), draw(2, 9), torch.tensor([3.0, 12.0, 50.0, 7.0])
+    mixer = convert(name, site(), w)
+    dt = math.log(2) / torch.logspace(3, 7, 4, base=2)
+    columns = ((1 - (-dt).exp()) / dt).repeat_interleave(12)
+    assert close(mixer.out_proj.weight.float(), w.o_weight.float() * columns)
+    mixer.set_half_life(tokens)
+    q, k, v = (F.linear(x, getattr(w, f"{n}_weight"), getattr(w, f"{n}_bias")) for n in "qkv")
+    q, k, v = (y.unflatten(-1, (-1, 12)) for y in (q, k, v))
+    q, k, v = (
+        rotate(q, mixer.rotary),
+        *(y.repeat_interleave(2, 2) for y in (rotate(k, mixer.rotary), v)),
+    )
+    age = torch.arange(9.0)[:, None] - torch.arange(9.0)
+    decay = (math.log(2) / tokens * 2 ** (-age[..., None] / tokens)).double() * (age >= 0)[
+        ..., None
+    ]
+    o = torch.einsum("bthk,bshk,tsh,bshv->bthv", 0.4 * q, k, decay, v)
+    y = mixer(x)[0]
+    assert close(y.float(), F.linear(o.flatten(2), mixer.out_proj.weight, w.o_bias).float())
+    y.square().sum().backward()
+    assert all(p.grad.any() for p in mixer.parameters())
+    mixer.scale_heads(torch.zeros(4))
+    assert close(mixer(x)[0], w.o_bias.expand(2, 9, -1))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        (
+            "mamba",
+            {"dt_init": "ones"},
+            r"dt_init: expected one of \('constant', 'random'\), got on",
+        ),
+        ("mamba", {"num_heads": 3}, "num_heads: expected a divisor of 2048, got 3"),
+        ("mamba", {"num_kv_heads": 2}, "num_kv_heads: expected a divisor of 1, got 2"),
+        ("mamba2", {"n_groups": 3}, "n_groups: expected a divisor of 64, got 3"),
+        ("mamba2", {"head_dim": 65}, "head_dim: expected a divisor of 4096, got 65"),
+        ("mamba2", {"state_size": 4, "rotary": HALVES}, "rotary: expected at most 4 channels"),
+        ("mamba2", {"hidden_act": "sin"}, "activation: expected one of"),
+    ],
+)
+def test_bad_config(name, fields, message):
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        MIXERS[name](MIXERS[name].Config(**fields))

@@ -80,7 +80,7 @@ class Mamba(StateSpaceMixer):
         B, u = (repeat_heads(i, self.num_heads) for i in (B, u.unflatten(-1, (self.kv_heads, -1))))
         dt = at_least_fp32(F.linear(delta, self.dt_proj.weight)) + self.dt_proj.bias
         dt = tokens.zero_padding(F.softplus(dt))
-        return (u.flatten(2), dt, B, C * self.scale, z), conv
+        return (u.flatten(2), dt, B, C * self.config.scale, z), conv
 
     def mix(
         self,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flacompile.blocks import RMSNorm, at_least_fp32
+from flacompile.blocks import at_least_fp32
 from flacompile.layers.base import Tokens, repeat_heads
 from flacompile.layers.ssm import StateSpaceMixer
 from flacompile.ops.validate import expect
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from flacompile.passes.sites import AttentionSite
 
 
-class GroupRMSNorm(RMSNorm):
-    """RMSNorm of each of ``groups`` runs of channels."""
+class GroupRMSNorm(nn.Module):
+    """RMSNorm of each of ``groups`` runs of channels, with a weight a channel."""
 
     def __init__(self, dim: int, eps: float, groups: int) -> None:
-        super().__init__(dim, eps)
-        self.groups = groups
+        super().__init__()
+        self.eps, self.groups = eps, groups
+        self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         y = at_least_fp32(x).unflatten(-1, (self.groups, -1))

@@ -65,7 +65,7 @@ class StateSpaceMixer(RecurrentMixer):
     ) -> None:
         """``groups``: those of C, and of B without num_kv_heads; ``widths``: in, conv, out."""
         super().__init__(config)
-        kv_heads = config.num_kv_heads or num_heads
+        kv_heads, N = config.num_kv_heads or num_heads, config.state_size
         expect(num_heads % kv_heads == 0, "num_kv_heads", f"a divisor of {num_heads}", kv_heads)
         expect(num_heads % groups == 0, "n_groups", f"a divisor of {num_heads}", groups)
         self.num_heads, self.kv_heads, self.scale = num_heads, kv_heads, config.scale
@@ -78,10 +78,10 @@ class StateSpaceMixer(RecurrentMixer):
             )
         self.out_proj = nn.Linear(widths[2], config.hidden_size, config.use_bias or config.o_bias)
         if config.qk_norm is not None:
-            self.C_norm = config.qk_norm.module(groups, config.state_size)
-            self.B_norm = config.qk_norm.module(config.num_kv_heads or groups, config.state_size)
+            self.C_norm = config.qk_norm.module(groups, N)
+            self.B_norm = config.qk_norm.module(config.num_kv_heads or groups, N)
         turned = 0 if config.rotary is None else 2 * len(config.rotary.inv_freq)
-        expect(turned <= config.state_size, "rotary", f"at most {config.state_size}", turned)
+        expect(turned <= N, "rotary", f"at most {N} channels of a head", turned)
         self.rotary = None if config.rotary is None else Rotary(config.rotary)
 
     def draw_step(self, count: int) -> Tensor:
@@ -164,12 +164,13 @@ class StateSpaceMixer(RecurrentMixer):
             _load(f"{name}_bias", bias, getattr(weights, f"{name}_bias"))
         if self.config.qk_norm is not None:
             for name, norm in (("q_norm", self.C_norm), ("k_norm", self.B_norm)):
-                neutral = torch.full_like(norm.weight, 1 - norm.offset)
-                given = getattr(weights, name)
-                _load(name, norm.weight, neutral if given is None else given)
+                given, own = getattr(weights, name), norm.get_parameter("weight")
+                neutral = torch.full_like(own, 1 - norm.offset)
+                _load(name, own, neutral if given is None else given)
         self.D.zero_()
-        dt = math.log(2) / torch.logspace(3, 7, self.num_heads, base=2)
-        self.set_half_life(math.log(2) / dt)
+        tokens = torch.logspace(3, 7, self.num_heads, base=2)
+        self.set_half_life(tokens)
+        dt = math.log(2) / tokens
         self.scale_heads(-torch.expm1(-dt) / dt)
 
     @classmethod
