@@ -67,6 +67,15 @@ VARIANTS = {
         "norm_alone": {"use_output_gate": False},
         "sigmoid_gate": {"gate_fn": "sigmoid", "feature_map": "relu", "clamp_min": -0.05},
     },
+    "rwkv6": {
+        "sigmoid_gate": {"gate_fn": "sigmoid"},
+        "bare": {"use_output_gate": False, "output_norm": False, "rotary": HALVES},
+        "norm_alone": {"use_output_gate": False, "elementwise_affine": False, "expand_v": 0.5},
+    },
+    "rwkv7": {
+        "bare": {"use_output_gate": False, "output_norm": False, "rotary": HALVES},
+        "values": {"value_dim": 24, "num_kv_heads": 2, "elementwise_affine": False},
+    },
     "simple_gla": {
         "no_conv": {"use_short_conv": False, "num_kv_heads": 2},
         "bare": {"use_short_conv": False, "use_output_gate": False, "output_norm": False},
@@ -134,6 +143,8 @@ VARIANTS = {
 }
 
 SIZES = {  # where the default ones are large, or do not fit the width
+    "rwkv6": {"num_heads": 4, "proj_low_rank_dim": 5, "gate_low_rank_dim": 7},
+    "rwkv7": {"num_heads": 4, "decay_low_rank_dim": 5, "a_low_rank_dim": 3, "gate_low_rank_dim": 7},
     "based": {"num_heads": 4, "feature_dim": 12},
     "gated_deltanet": {"num_heads": 4, "head_dim": 12, "expand_v": 1.5},
     "gated_deltaproduct": {"num_heads": 4, "head_dim": 12, "expand_v": 1.5},

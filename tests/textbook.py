@@ -7,9 +7,13 @@ a mixer to the registry asks for its loop here, of at most 12 lines, in ``TEXTBO
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+
+σ = torch.sigmoid
+GATES = {"swish": F.silu, "sigmoid": σ}
 
 
 def identity(x):
@@ -83,7 +87,7 @@ def gated_output(m, o, x):
     if c.output_norm:
         fused = c.use_output_gate and c.gate_fn == "swish"
         o = rms(o, (m.g_norm_swish_gate if fused else m.g_norm).weight)
-    gate = {"swish": F.silu, "sigmoid": torch.sigmoid}[c.gate_fn]
+    gate = GATES[c.gate_fn]
     return m.o_proj(o.flatten(2) * gate(m.g_proj(x)) if c.use_output_gate else o.flatten(2))
 
 
@@ -247,6 +251,59 @@ def mamba2(m, x):
     return m.out_proj(y * after)
 
 
+def given(m, x, **streams):
+    """``qkv`` of projections [B, T, H *] that are there already."""
+    projections = {f"{name}_proj": lambda _, y=y: y for name, y in streams.items()}
+    names = [name for name in ("config", "rotary", "q_norm", "k_norm") if hasattr(m, name)]
+    return qkv(SimpleNamespace(**projections, **{name: getattr(m, name) for name in names}), x)
+
+
+def before(x):
+    """x_{t-1}, zero at first."""
+    return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1)
+
+
+def rwkv_output(m, o, eps, bonus, gate):
+    """W_o [(GroupNorm(scale o) + bonus) ⊙ gate], norm and gate where they are on."""
+    o = torch.stack(o, 1) * (m.config.scale or 1)
+    if m.config.output_norm:
+        o = o - o.mean(-1, keepdim=True)
+        o = o / (o.square().mean(-1, keepdim=True) + eps).sqrt()
+    if m.config.output_norm and m.config.elementwise_affine:
+        o = o * m.g_norm.weight.view(o.shape[2:]) + m.g_norm.bias.view(o.shape[2:])
+    o = (o + bonus).flatten(2)
+    return m.o_proj(o * gate() if m.config.use_output_gate else o)
+
+
+def rwkv6(m, x):
+    δ, (first, _, last), S, o = before(x) - x, m.x_proj, 0.0, []
+    low = torch.tanh(first.linear(x + δ * first.mu)).view(*x.shape[:2], 5, -1)
+    mix = torch.einsum("btir,dir->ibtd", low, last.weight.view(x.shape[2], 5, -1))
+    xr, xw, xk, xv, xg = (x + δ * (m.x_bias[i] + mix[i]) for i in range(5))
+    r, k, v = given(m, x, q=m.r_proj.linear(xr), k=m.k_proj.linear(xk), v=m.v_proj.linear(xv))
+    w = -m.w_proj.linear.lora(xw).exp().view_as(r)
+    for t in range(x.shape[1]):
+        kv = k[:, t, :, :, None] * v[:, t, :, None]
+        o.append((r[:, t, :, None] @ (S + m.bonus[..., None] * kv))[:, :, 0])
+        S = w[:, t, :, :, None].exp() * S + kv
+    return rwkv_output(m, o, 1e-5, 0, lambda: GATES[m.config.gate_fn](m.g_proj.linear(xg)))
+
+
+def rwkv7(m, x, v_first=None):
+    xr, xw, xk, xv, xa, xg = (x + (before(x) - x) * getattr(m, f"x_{i}") for i in "rwkvag")
+    v = m.v_proj(xv) if v_first is None else m.v_proj(xv).lerp(v_first, σ(m.v_lora.lora(xv)))
+    r, k, v = given(m, x, q=m.r_proj(xr), k=m.k_proj(xk), v=v)
+    a, κ = σ(m.a_lora.lora(xa)).view_as(k), k * m.k_k.view(k.shape[2:])
+    κ, k = κ / (κ.square().sum(-1, True) + 1e-6).sqrt(), k * (1 + (a - 1) * m.k_a.view_as(k[0, 0]))
+    w, S, o = (-σ(m.w_lora.lora(xw)) / math.e**0.5).view_as(k), 0 * k[:, 0, :, :, None], []
+    for t in range(x.shape[1]):
+        A = torch.diag_embed(w[:, t].exp()) - (κ * a)[:, t, :, :, None] * κ[:, t, :, None]
+        S = A @ S + k[:, t, :, :, None] * v[:, t, :, None]
+        o.append((r[:, t, :, None] @ S)[:, :, 0])
+    bonus = (r * k * m.r_k).sum(-1, keepdim=True) * v
+    return rwkv_output(m, o, k.shape[-1] * 1e-5, bonus, lambda: m.g_lora.lora(xg))
+
+
 TEXTBOOK = {
     "abc": abc,
     "lightnet": lightnet,
@@ -257,5 +314,7 @@ TEXTBOOK = {
     "mamba": mamba,
     "mla": mla,
     "mamba2": mamba2,
+    "rwkv6": rwkv6,
+    "rwkv7": rwkv7,
     "simple_gla": simple_gla,
 }

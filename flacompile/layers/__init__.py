@@ -12,6 +12,8 @@ from flacompile.layers.mamba import Mamba
 from flacompile.layers.mamba2 import Mamba2
 from flacompile.layers.mla import MultiheadLatentAttention
 from flacompile.layers.packing import cu_seqlens_from_mask, pad, unpad
+from flacompile.layers.rwkv6 import RWKV6Attention
+from flacompile.layers.rwkv7 import RWKV7Attention
 from flacompile.layers.simple_gla import SimpleGatedLinearAttention
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -24,6 +26,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mla": MultiheadLatentAttention,
+    "rwkv6": RWKV6Attention,
+    "rwkv7": RWKV7Attention,
     "simple_gla": SimpleGatedLinearAttention,
 }
 
@@ -40,6 +44,8 @@ __all__ = [
     "Mamba2",
     "Mixer",
     "MultiheadLatentAttention",
+    "RWKV6Attention",
+    "RWKV7Attention",
     "RecurrentState",
     "SimpleGatedLinearAttention",
     "cu_seqlens_from_mask",
