@@ -182,7 +182,7 @@ def _forward_cuda(
     from flacompile.ops.kernels import selective_scan as kernels
 
     starts = _new_starts(u, state, cu_seqlens)
-    y, final = kernels.selective_scan_forward(u, dt, A, B, C, state, cu_seqlens, starts)
+    y, final = kernels.selective_scan_forward(u, dt, A, B, C, state, cu_seqlens, starts, SPAN)
     return y, final, starts
 
 
@@ -227,7 +227,7 @@ def _backward_cuda(
 ) -> Gradients:  # fmt: skip
     from flacompile.ops.kernels import selective_scan as kernels
 
-    return kernels.selective_scan_backward(u, dt, A, B, C, cu_seqlens, starts, dy, dfinal)
+    return kernels.selective_scan_backward(u, dt, A, B, C, cu_seqlens, starts, dy, dfinal, SPAN)
 
 
 def _backward_fake(
