@@ -283,7 +283,7 @@ def test_nothing_convertible_says_why(name):
 
 
 BAD = {
-    "unknown mixer": ({"mixer": "mamba9"}, "mixer: expected one of attn, .*gla.*, got 'mamba9'"),
+    "unknown mixer": ({"mixer": "mamba9"}, "mixer: expected one of abc, .*gla.*, got 'mamba9'"),
     "mixer of a wrong type": ({"mixer": Attention}, "mixer: expected a name or a mixer's Config"),
     "init": ({"init": "random"}, "init: expected 'neutral' or 'calibrated', got 'random'"),
     "share above": ({"keep": 1.0}, r"keep: expected indices or a share in \[0, 1\), got 1.0"),
