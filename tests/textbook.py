@@ -290,7 +290,8 @@ def rwkv6(m, x):
 
 
 def rwkv7(m, x, v_first=None):
-    xr, xw, xk, xv, xa, xg = (x + (before(x) - x) * getattr(m, f"x_{i}") for i in "rwkvag")
+    mixes = [getattr(m, f"x_{i}") for i in "rwkvag" if hasattr(m, f"x_{i}")]
+    xr, xw, xk, xv, xa, *xg = (x + (before(x) - x) * mix for mix in mixes)
     v = m.v_proj(xv) if v_first is None else m.v_proj(xv).lerp(v_first, σ(m.v_lora.lora(xv)))
     r, k, v = given(m, x, q=m.r_proj(xr), k=m.k_proj(xk), v=v)
     a, κ = σ(m.a_lora.lora(xa)).view_as(k), k * m.k_k.view(k.shape[2:])
@@ -301,7 +302,7 @@ def rwkv7(m, x, v_first=None):
         S = A @ S + k[:, t, :, :, None] * v[:, t, :, None]
         o.append((r[:, t, :, None] @ S)[:, :, 0])
     bonus = (r * k * m.r_k).sum(-1, keepdim=True) * v
-    return rwkv_output(m, o, k.shape[-1] * 1e-5, bonus, lambda: m.g_lora.lora(xg))
+    return rwkv_output(m, o, k.shape[-1] * 1e-5, bonus, lambda: m.g_lora.lora(*xg))
 
 
 TEXTBOOK = {

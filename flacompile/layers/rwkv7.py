@@ -72,8 +72,9 @@ class RWKV7Attention(RWKVAttention):
         K, V = config.dims()
         super().__init__(config, K, V, K * config.norm_eps)
         width, keys, values = config.hidden_size, config.num_heads * K, config.num_heads * V
-        for name in "rwkvag":
-            setattr(self, f"x_{name}", nn.Parameter(torch.zeros(1, 1, width)))
+        self.mixes = [f"x_{name}" for name in ("rwkvag" if config.use_output_gate else "rwkva")]
+        for name in self.mixes:
+            setattr(self, name, nn.Parameter(torch.zeros(1, 1, width)))
         self.k_k, self.k_a = nn.Parameter(torch.ones(keys)), nn.Parameter(torch.ones(keys))
         self.r_k = nn.Parameter(torch.zeros(config.num_heads, K))
         wide = K / 64  # the ranks of wider heads are larger
@@ -100,9 +101,9 @@ class RWKV7Attention(RWKVAttention):
             return torch.linspace(0, 1, count, device=self.k_k.device)
 
         width = self.config.hidden_size
-        for name, power in zip("rwkvag", (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
+        for name, power in zip(self.mixes, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=False):
             channel = torch.arange(width, device=self.k_k.device) / width
-            self.get_parameter(f"x_{name}").copy_(1 - channel ** (power * ahead))
+            self.get_parameter(name).copy_(1 - channel ** (power * ahead))
         key, in_head = ramp(self.k_k.numel()), 2 * ramp(self.key_dim) - 1
         in_head = (in_head * in_head.abs()).repeat(self.config.num_heads)
         self.k_k.copy_(0.71 - 0.1 * (key - 0.5))
@@ -172,8 +173,8 @@ class RWKV7Attention(RWKVAttention):
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         x, v_first = x.split((self.config.hidden_size, x.shape[-1] - self.config.hidden_size), -1)
         before, last = token_shift(x, None if conv is None else conv[0], tokens)
-        delta, mixes = before - x, [self.get_parameter(f"x_{name}") for name in "rwkvag"]
-        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, delta, mix) for mix in mixes)
+        delta, mixes = before - x, [self.get_parameter(name) for name in self.mixes]
+        xr, xw, xk, xv, xa, *xg = (torch.addcmul(x, delta, mix) for mix in mixes)
         mixed = {"q": xr, "k": xk, "v": xv}
         r, k, v = self.by_heads([self.projection(i)(y) for i, y in mixed.items()], tokens)
         k, v = (repeat_heads(i, self.config.num_heads) for i in (k, v))
@@ -184,7 +185,7 @@ class RWKV7Attention(RWKVAttention):
         removed = l2norm(k * self.k_k.view(k.shape[2:]))
         k = k * (1 + (a - 1) * self.k_a.view(k.shape[2:]))
         written, rate = tokens.zero_padding(k), tokens.zero_padding(removed * a)
-        gate = (self.g_lora(xg),) if self.config.use_output_gate else ()
+        gate = [self.g_lora(i) for i in xg]
         return (r, written, v, w, -removed, rate, *gate), (last,)
 
     def mix(
@@ -223,5 +224,5 @@ class RWKV7Attention(RWKVAttention):
         super().load_attention(weights)
         self.a_lora.start_at(torch.logit(torch.tensor(REPLACED)))
         self.k_k.fill_(1)
-        for parameter in (self.k_a, self.r_k, *(self.get_parameter(f"x_{i}") for i in "rwkvag")):
+        for parameter in (self.k_a, self.r_k, *(self.get_parameter(name) for name in self.mixes)):
             parameter.zero_()
