@@ -158,8 +158,8 @@ SIZES = {  # where the default ones are large, or do not fit the width
         "v_head_dim": 5,
         "qk_nope_head_dim": 7,
     },
-    # a first token of small (q·k)² is fp32 rounding times 1 / eps, in the loop as in the mixer
-    "rebased": {"num_heads": 4, "feature_dim": 12, "eps": 0.01},
+    # where Σ (q·k)² is small next to |q|² |k|², o is rounding, in the loop as in the mixer
+    "rebased": {"num_heads": 4, "feature_dim": 12, "eps": 1.0},
 }
 
 

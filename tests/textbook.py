@@ -62,22 +62,24 @@ def linear(layer, x):
 
 
 def qkv(m, x, conv_act=F.silu, gate=identity):
-    """q, k, v [B, T, H, *] of a mixer, key heads repeated."""
-    heads, streams = m.config.num_heads, []
-    for name in "qkv":
+    """q, k, v [B, T, H, *] of a mixer, heads repeated, those of several steps in a row."""
+    c, streams = m.config, []
+    kv_heads, v_heads = c.num_kv_heads or c.num_heads, getattr(c, "num_v_heads", None)
+    heads = {"q": c.num_heads, "k": kv_heads, "v": v_heads or kv_heads}
+    for name, count in heads.items():
         y = linear(getattr(m, f"{name}_proj"), x)
-        if getattr(m.config, "use_short_conv", False):
-            c = getattr(m, f"{name}_conv1d")
-            y = conv(y, c.weight, c.bias, conv_act)
+        if getattr(c, "use_short_conv", False):
+            layer = getattr(m, f"{name}_conv1d")
+            y = conv(y, layer.weight, layer.bias, conv_act)
         y = gate(y)
-        count = heads if name == "q" else m.config.num_kv_heads or heads
-        y = y.view(*x.shape[:2], count, -1)
-        if m.config.qk_norm and name != "v":
+        count_of_all = count * (1 if name == "q" else getattr(c, "num_householder", 1))
+        y = y.view(*x.shape[:2], count_of_all, -1)
+        if c.qk_norm and name != "v":
             norm = getattr(m, f"{name}_norm")
-            flat = y if norm.weight.numel() == y.shape[-1] else y.flatten(2)
+            flat = y.flatten(2).unflatten(2, (-1, norm.weight.numel()))
             y = rms(flat, norm.weight, norm.eps, norm.offset).view_as(y)
         y = rotate(y, m.rotary) if m.rotary is not None and name != "v" else y
-        streams.append(y.repeat_interleave(heads // count, 2))
+        streams.append(y.repeat_interleave((v_heads or c.num_heads) // count, 2))
     return streams
 
 
@@ -251,6 +253,57 @@ def mamba2(m, x):
     return m.out_proj(y * after)
 
 
+def features(m, x, φ, normalise=identity):
+    """o = Σ w v / (Σ w + eps), w = φ(scale q)·φ(k)."""
+    (q, k, v), c, o = qkv(m, x), m.config, []
+    q, k = φ(normalise(q) * (c.scale or q.shape[-1] ** -0.5)), φ(normalise(k))
+    for t in range(x.shape[1]):
+        w = torch.einsum("bhf,bshf->bhs", q[:, t], k[:, : t + 1])
+        o.append(torch.einsum("bhs,bshv->bhv", w, v[:, : t + 1]) / (w.sum(-1, True) + c.eps))
+    return m.o_proj(torch.stack(o, 1).flatten(2))
+
+
+def outer(x):
+    return (x[..., None] * x[..., None, :]).flatten(-2)
+
+
+def based(m, x):
+    return features(m, x, lambda y: torch.cat((1 + 0 * y[..., :1], y, outer(y) / 2**0.5), -1))
+
+
+def rebased(m, x):
+    c, f = m.config, m.feature_map
+    one = c.offset**0.5  # (offset + a)² is that of a channel more
+
+    def normalise(y):
+        mean, var = y.mean(-1, keepdim=True), y.var(-1, keepdim=True, unbiased=False)
+        y = (y - mean) / (var + 1e-5).sqrt() if c.normalize else y
+        return y * (f.gamma if c.use_gamma else 1) + (f.beta if c.use_beta else 0)
+
+    return features(m, x, lambda y: outer(torch.cat((y, one + 0 * y[..., :1]), -1)), normalise)
+
+
+def gated_delta(m, x):
+    """S = α S, then S = S + β k (v - k S)^T for each of n steps, o = scale q S."""
+    c, o, act = m.config, [], {"silu": F.silu, "identity": identity}
+    q, k, v = qkv(m, x, gate=identity if c.use_short_conv else act[c.activation])
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    β = torch.sigmoid(m.b_proj(x))[..., None] * (2 if c.allow_neg_eigval else 1)
+    S, H = x.new_zeros(len(x), q.shape[2], q.shape[3], v.shape[3]), q.shape[2]
+    for t in range(x.shape[1]):
+        if getattr(c, "use_forget_gate", True):
+            dt = F.softplus(m.a_proj(x[:, t]) + m.dt_bias)
+            S = (-m.A_log.exp() * dt).exp()[..., None, None] * S
+        for j in range(0, k.shape[2], H):
+            k_j, v_j, β_j = (y[:, t, j : j + H, None] for y in (k, v, β))
+            S = S + β_j * k_j.mT @ (v_j - k_j @ S)
+        o.append((q[:, t, :, None] @ S)[..., 0, :] * (c.scale or q.shape[-1] ** -0.5))
+    o = torch.stack(o, 1)
+    o = (rms(o, m.o_norm.weight) if c.output_norm else o).flatten(2)
+    gate = c.use_gate if hasattr(c, "use_gate") else c.use_output_gate
+    return m.o_proj(o * F.silu(m.g_proj(x)) if gate else o)
+
+
 def given(m, x, **streams):
     """``qkv`` of projections [B, T, H *] that are there already."""
     projections = {f"{name}_proj": lambda _, y=y: y for name, y in streams.items()}
@@ -309,12 +362,16 @@ TEXTBOOK = {
     "abc": abc,
     "lightnet": lightnet,
     "attn": attn,
+    "based": based,
     "bitattn": attn,
+    "gated_deltanet": gated_delta,
+    "gated_deltaproduct": gated_delta,
     "gla": gla,
     "linear_attn": linear_attn,
     "mamba": mamba,
     "mla": mla,
     "mamba2": mamba2,
+    "rebased": rebased,
     "rwkv6": rwkv6,
     "rwkv7": rwkv7,
     "simple_gla": simple_gla,

@@ -3,8 +3,11 @@
 from flacompile.layers.abc import ABCAttention
 from flacompile.layers.attn import Attention
 from flacompile.layers.base import Mixer, RecurrentState
+from flacompile.layers.based import BasedLinearAttention
 from flacompile.layers.bitattn import BitAttention
 from flacompile.layers.cache import AttentionState
+from flacompile.layers.gated_deltanet import GatedDeltaNet
+from flacompile.layers.gated_deltaproduct import GatedDeltaProduct
 from flacompile.layers.gla import GatedLinearAttention
 from flacompile.layers.lightnet import LightNetAttention
 from flacompile.layers.linear_attn import LinearAttention
@@ -12,6 +15,7 @@ from flacompile.layers.mamba import Mamba
 from flacompile.layers.mamba2 import Mamba2
 from flacompile.layers.mla import MultiheadLatentAttention
 from flacompile.layers.packing import cu_seqlens_from_mask, pad, unpad
+from flacompile.layers.rebased import ReBasedLinearAttention
 from flacompile.layers.rwkv6 import RWKV6Attention
 from flacompile.layers.rwkv7 import RWKV7Attention
 from flacompile.layers.simple_gla import SimpleGatedLinearAttention
@@ -19,13 +23,17 @@ from flacompile.layers.simple_gla import SimpleGatedLinearAttention
 MIXERS: dict[str, type[Mixer]] = {
     "abc": ABCAttention,
     "attn": Attention,
+    "based": BasedLinearAttention,
     "bitattn": BitAttention,
+    "gated_deltanet": GatedDeltaNet,
+    "gated_deltaproduct": GatedDeltaProduct,
     "gla": GatedLinearAttention,
     "lightnet": LightNetAttention,
     "linear_attn": LinearAttention,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mla": MultiheadLatentAttention,
+    "rebased": ReBasedLinearAttention,
     "rwkv6": RWKV6Attention,
     "rwkv7": RWKV7Attention,
     "simple_gla": SimpleGatedLinearAttention,
@@ -36,7 +44,10 @@ __all__ = [
     "ABCAttention",
     "Attention",
     "AttentionState",
+    "BasedLinearAttention",
     "BitAttention",
+    "GatedDeltaNet",
+    "GatedDeltaProduct",
     "GatedLinearAttention",
     "LightNetAttention",
     "LinearAttention",
@@ -44,6 +55,7 @@ __all__ = [
     "Mamba2",
     "Mixer",
     "MultiheadLatentAttention",
+    "ReBasedLinearAttention",
     "RWKV6Attention",
     "RWKV7Attention",
     "RecurrentState",
