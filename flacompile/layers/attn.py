@@ -53,7 +53,8 @@ class Attention(QKVMixer, CachedMixer):
         return q, (k, v)
 
     def mix(self, q: Tensor, cached: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
-        return attend(q, *cached, mask, self.scale)
+        k, v = cached
+        return attend(q, k, v, mask, self.scale)
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:

@@ -16,6 +16,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from flacompile.blocks import RMSNorm, at_least_fp32
 from flacompile.layers.attn import Attention
 
 if TYPE_CHECKING:
-    from flacompile.passes.sites import AttentionSite
+    from flacompile.passes.sites import AttentionSite, AttentionWeights
 
 SMALLEST = 1e-5  # of a maximum or mean, so that zeros are not divided by
 
@@ -44,11 +45,11 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.norm = None if norm_eps is None else RMSNorm(in_features, norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y, weight = at_least_fp32(x), at_least_fp32(self.weight)
-        y = y if self.norm is None else self.norm(y)
-        y, weight = _pass_through(y, int8(y)), _pass_through(weight, ternary(weight))
-        return F.linear(y.to(x.dtype), weight.to(x.dtype), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = at_least_fp32(input), at_least_fp32(self.weight)
+        x = x if self.norm is None else self.norm(x)
+        x, weight = _pass_through(x, int8(x)), _pass_through(weight, ternary(weight))
+        return F.linear(x.to(input.dtype), weight.to(input.dtype), self.bias)
 
 
 def int8(x: Tensor) -> Tensor:
@@ -85,4 +86,17 @@ class BitAttention(Attention):
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
         """The same attention as the site, but for the rounding."""
-        return dataclasses.replace(super().config_for(site), input_norm=False)
+        config = super().config_for(site)
+        return dataclasses.replace(config, input_norm=False)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def load_attention(self, weights: AttentionWeights) -> None:
+        """Scales each matrix W so that Q_3(W) is as near to the attention's as any scale brings it.
+
+        Q_3(c W) = c Q_3(W), so that c = ⟨W, Q_3(W)⟩ / ⟨Q_3(W), Q_3(W)⟩.
+        """
+        super().load_attention(weights)
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            rounded = ternary(layer.weight)
+            size = rounded.square().sum().clamp(min=SMALLEST)  # zero for a matrix of zeros
+            layer.weight.mul_((layer.weight * rounded).sum() / size)

@@ -112,7 +112,8 @@ class MultiheadLatentAttention(CachedMixer):
 
     def mix_step(self, q: Tensor, cached: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
         """The absorbed form: heads are the queries of one head of keys."""
-        weight = self.kv_proj[2].weight.unflatten(0, (self.config.num_heads, -1))
+        weight = self.get_parameter("kv_proj.2.weight")
+        weight = weight.unflatten(0, (self.config.num_heads, -1))
         key_weight, value_weight = weight.split(self.expanded_dims, 1)
         nope, rope = q[:, 0].split(self.key_dims, -1)
         q = torch.cat((torch.einsum("bhn,hnr->bhr", nope, key_weight), rope), -1)
@@ -160,20 +161,22 @@ class MultiheadLatentAttention(CachedMixer):
         c, heads, dim = self.config, self.config.num_heads, self.config.v_head_dim
         whole = c.q_lora_rank is None and c.qk_nope_head_dim == 0
         expect(whole, "config", "no q_lora_rank and qk_nope_head_dim = 0, to take an attention", c)
-        kv_heads = c.qk_rope_head_dim // dim
+        kv_heads, width = c.qk_rope_head_dim // dim, c.hidden_size
         for name, rows in (("q", heads * dim), ("k", kv_heads * dim), ("v", kv_heads * dim)):
-            check_shape(f"{name}_weight", getattr(weights, f"{name}_weight"), (rows, c.hidden_size))
+            check_shape(f"{name}_weight", getattr(weights, f"{name}_weight"), (rows, width))
+        check_shape("o_weight", weights.o_weight, (width, heads * dim))
         q, k, v, o = (_with_bias(weights, name) for name in "qkvo")
         owner = F.one_hot(torch.arange(heads, device=q.device) // (heads // kv_heads), kv_heads)
         q = owner[..., None, None] * q.unflatten(0, (heads, 1, dim))  # [H, H_kv, K, D + 1]
         order = _rotated_first(c.rotary, kv_heads, dim).to(q.device)
-        _load(self.q_proj, q.flatten(1, 2)[:, order].flatten(0, 1))
+        q = q.flatten(1, 2)[:, order].flatten(0, 1)
+        _load(self.q_proj, q)  # type: ignore[arg-type]
         _load(self.k_rope, k[order])
         down, up = _factors(v[:, :-1], c.kv_lora_rank)
         up = torch.cat((up, v[:, -1:]), 1).unflatten(0, (kv_heads, dim))
         up = up.repeat_interleave(heads // kv_heads, 0).flatten(0, 1)  # [H V, R + 1]
-        self.kv_proj[0].weight.copy_(down)
-        self.kv_proj[2].weight.copy_(up[:, :-1])
+        self.get_parameter("kv_proj.0.weight").copy_(down)
+        self.get_parameter("kv_proj.2.weight").copy_(up[:, :-1])
         o[:, -1] += o[:, :-1] @ up[:, -1]
         _load(self.o_proj, o)
 
