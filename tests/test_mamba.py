@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,34 @@ def test_conversion(name):
     assert all(p.grad.any() for p in mixer.parameters())
     mixer.scale_heads(torch.zeros(4))
     assert close(mixer(x)[0], w.o_bias.expand(2, 9, -1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_converted_norms_and_biases(name):
+    norm = SimpleNamespace(eps=1e-6, per_head=True, offset=1.0)
+    w = attention_weights(q_norm=torch.randn(12).double(), k_norm=torch.randn(12).double())
+    found = site(q_norm=norm, k_norm=norm)
+    mixer = convert(name, found, w)
+    assert close((mixer.C_norm.weight, mixer.B_norm.weight), (w.q_norm, w.k_norm))
+    mixer.load_attention(attention_weights(k_bias=None))  # norms without weight: that of one
+    layer, rows = mixer.attention_rows["k"]
+    assert not mixer.C_norm.weight.any() and not layer.bias[rows].any() and layer.bias.any()
+    with pytest.raises(ValueError, match=r"k_weight: expected shape \(24, 48\), got \(48, 48\)"):
+        convert(name, found, attention_weights(k_weight=torch.zeros(48, 48)))
+    with pytest.raises(ValueError, match="v_bias: expected None, got a tensor"):
+        bare = {n: SimpleNamespace(bias_fqn=None) for n in "qkv"}
+        convert(name, site(**bare), attention_weights())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast(name):
+    """Sums, decays and states are fp32 where the projections are bf16."""
+    mixer = MIXERS[name](MIXERS[name].Config(hidden_size=64, state_size=8))
+    x = torch.randn(2, 50, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = mixer(x)
+    assert y.dtype == torch.bfloat16 and state.recurrent[0].dtype == torch.float32
+    assert (y - mixer(x)[0]).norm() < 0.05 * y.norm()
 
 
 @pytest.mark.parametrize(
