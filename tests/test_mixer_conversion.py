@@ -67,7 +67,7 @@ def test_converted_norms():
     assert not mixer.q_norm.weight.any()
 
 
-@pytest.mark.parametrize("name", ["gla", "simple_gla"])
+@pytest.mark.parametrize("name", ["gla", "mamba", "mamba2", "simple_gla"])
 def test_decay_weights_of_a_conversion_add_up_to_one(name):
     """With q·k = 1 and v = 1 a head of long memory gives its column of W_o, as softmax would."""
     w = attention_weights(o_bias=torch.zeros(WIDTH).double())
