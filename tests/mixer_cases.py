@@ -76,6 +76,26 @@ VARIANTS = {
         "bare": {"use_output_gate": False, "output_norm": False, "rotary": HALVES},
         "values": {"value_dim": 24, "num_kv_heads": 2, "elementwise_affine": False},
     },
+    "hgrn": {
+        "conv": {"use_short_conv": True, "expand_ratio": 2, "lower_bound": 0.3},
+        "default": {},
+        "bounds": {"lower_bound": tuple(i / 50 for i in range(48)), "conv_bias": True},
+        "heads": {
+            "num_heads": 4,
+            "head_dim": 5,
+            "timescales": 3,
+            "bias": True,
+            "o_bias": True,
+            "activation": "identity",
+            "output_norm": False,
+        },
+    },
+    "hgrn2": {
+        "conv": {"use_short_conv": True, "conv_bias": True, "num_kv_heads": 2, "lower_bound": 0.9},
+        "keys": {"tie_keys": False, "num_kv_heads": 2, "rotary": HALVES, "output_norm": False},
+        "queries": {"feature_map": "identity", "tie_keys": False, "qk_norm": QKNorm(1e-6, True)},
+        "narrow": {"expand_ratio": None, "num_heads": 3, "lower_bound": (0.1, 0.5) * 24},
+    },
     "simple_gla": {
         "no_conv": {"use_short_conv": False, "num_kv_heads": 2},
         "bare": {"use_short_conv": False, "use_output_gate": False, "output_norm": False},
@@ -148,6 +168,7 @@ SIZES = {  # where the default ones are large, or do not fit the width
     "based": {"num_heads": 4, "feature_dim": 12},
     "gated_deltanet": {"num_heads": 4, "head_dim": 12, "expand_v": 1.5},
     "gated_deltaproduct": {"num_heads": 4, "head_dim": 12, "expand_v": 1.5},
+    "hgrn2": {"expand_ratio": 12},
     "mamba": {"intermediate_size": 64, "state_size": 8},
     "mamba2": {"expand": 1, "head_dim": 8, "state_size": 8},
     "mla": {

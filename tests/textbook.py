@@ -358,6 +358,46 @@ def rwkv7(m, x, v_first=None):
     return rwkv_output(m, o, k.shape[-1] * 1e-5, bonus, lambda: m.g_lora.lora(*xg))
 
 
+def convolved(m, x, name):
+    """W x of that name, through its convolution where there is one."""
+    y = getattr(m, f"{name}_proj")(x)
+    if m.config.use_short_conv:
+        layer = getattr(m, f"{name}_conv1d")
+        y = conv(y, layer.weight, layer.bias, identity)
+    return y
+
+
+def forget_gate(m, x):
+    lb = m.forget.lower_bound.to(x.dtype)
+    return lb + (1 - lb) * σ(convolved(m, x, "f"))
+
+
+def hgrn(m, x):
+    act = F.silu if m.config.activation == "silu" else identity
+    f, i, h, y = forget_gate(m, x), act(convolved(m, x, "i")), 0.0, []
+    for t in range(x.shape[1]):
+        h = f[:, t] * h + (1 - f[:, t]) * i[:, t]
+        y.append(h)
+    y = torch.stack(y, 1)
+    y = rms(y, m.g_norm.weight) if m.config.output_norm else y
+    return m.o_proj(y * F.silu(m.g_proj(x)))
+
+
+def hgrn2(m, x):
+    c, f, S, o = m.config, forget_gate(m, x), 0.0, []
+    H, K = c.num_heads, f.shape[-1] // (c.num_kv_heads or c.num_heads)
+    q, v = convolved(m, x, "q"), convolved(m, x, "i")
+    q = stream(m, F.silu(q) if c.feature_map == "silu" else q, H, K, "q_norm")
+    v = stream(m, v, H, m.o_proj.in_features // H)
+    k, f = stream(m, 1 - f if c.tie_keys else m.k_proj(x), H, K, "k_norm"), stream(m, f, H, K)
+    k = k if c.tie_keys else k * (1 - f)
+    for t in range(x.shape[1]):
+        S = f[:, t, :, :, None] * S + k[:, t, :, :, None] * v[:, t, :, None]
+        o.append((q[:, t, :, None] @ S)[:, :, 0] * (c.scale or K**-0.5))
+    o = torch.stack(o, 1).flatten(2)
+    return m.o_proj(rms(o, m.g_norm.weight) if c.output_norm else o)
+
+
 TEXTBOOK = {
     "abc": abc,
     "lightnet": lightnet,
@@ -367,6 +407,8 @@ TEXTBOOK = {
     "gated_deltanet": gated_delta,
     "gated_deltaproduct": gated_delta,
     "gla": gla,
+    "hgrn": hgrn,
+    "hgrn2": hgrn2,
     "linear_attn": linear_attn,
     "mamba": mamba,
     "mla": mla,

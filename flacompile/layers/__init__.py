@@ -9,6 +9,8 @@ from flacompile.layers.cache import AttentionState
 from flacompile.layers.gated_deltanet import GatedDeltaNet
 from flacompile.layers.gated_deltaproduct import GatedDeltaProduct
 from flacompile.layers.gla import GatedLinearAttention
+from flacompile.layers.hgrn import HGRNAttention
+from flacompile.layers.hgrn2 import HGRN2Attention
 from flacompile.layers.lightnet import LightNetAttention
 from flacompile.layers.linear_attn import LinearAttention
 from flacompile.layers.mamba import Mamba
@@ -28,6 +30,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_deltanet": GatedDeltaNet,
     "gated_deltaproduct": GatedDeltaProduct,
     "gla": GatedLinearAttention,
+    "hgrn": HGRNAttention,
+    "hgrn2": HGRN2Attention,
     "lightnet": LightNetAttention,
     "linear_attn": LinearAttention,
     "mamba": Mamba,
@@ -49,15 +53,17 @@ __all__ = [
     "GatedDeltaNet",
     "GatedDeltaProduct",
     "GatedLinearAttention",
+    "HGRN2Attention",
+    "HGRNAttention",
     "LightNetAttention",
     "LinearAttention",
     "Mamba",
     "Mamba2",
     "Mixer",
     "MultiheadLatentAttention",
-    "ReBasedLinearAttention",
     "RWKV6Attention",
     "RWKV7Attention",
+    "ReBasedLinearAttention",
     "RecurrentState",
     "SimpleGatedLinearAttention",
     "cu_seqlens_from_mask",

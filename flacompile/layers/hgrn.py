@@ -1,0 +1,234 @@
+"""HGRN (Qin et al. 2023, arXiv 2311.04823).
+
+h_t = f_t ⊙ h_{t-1} + (1 - f_t) ⊙ silu(W_i x_t)        f_t = lb + (1 - lb) σ(W_f x_t)
+y_t = W_o [RMSNorm(h_t) ⊙ swish(W_g x_t)]
+
+The state is a vector: a conversion has a place for values, i, and none for queries and keys. It
+keeps several averages of every value, of half-lives a factor apart, and a gate of x among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flacompile.blocks import RMSNorm, ShortConvolution, activation, at_least_fp32
+from flacompile.layers.base import Mixer, RecurrentMixer, Tokens
+from flacompile.layers.qkv import QKVMixer
+from flacompile.ops import scan, scan_step
+from flacompile.ops.validate import check_shape
+
+if TYPE_CHECKING:
+    from flacompile.passes.sites import AttentionSite, AttentionWeights
+
+OPEN = 1.2784645  # swish(OPEN) = 1
+APART = 4.0  # ratio of the half-lives of neighbouring timescales
+
+
+class ForgetGate(nn.Module):
+    """f = lb + (1 - lb) σ(z) as log f and 1 - f, in fp32, exact where f is next to 0 or to 1.
+
+    log f = log σ(z) - log σ(z - log lb)        1 - f = (1 - lb) σ(-z)
+
+    Args:
+        lower_bound: lb, one number or one a channel, in [0, 1).
+    """
+
+    lower_bound: Tensor
+
+    def __init__(self, lower_bound: float | tuple[float, ...]) -> None:
+        super().__init__()
+        self.numbers = lower_bound
+        self.register_buffer("lower_bound", torch.tensor(lower_bound), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ForgetGate:
+        """Follows the device of the module and never its dtype: the bound stays fp32."""
+        super()._apply(fn, recurse)
+        device = self.lower_bound.device
+        self.lower_bound = torch.tensor(self.numbers, dtype=torch.float32, device=device)
+        return self
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """log f and 1 - f of z [..., C]."""
+        z = at_least_fp32(z)
+        lb = self.lower_bound.to(z.dtype)
+        log_f = F.logsigmoid(z) - F.logsigmoid(z - lb.log())
+        return log_f.clamp(max=0), (1 - lb) * torch.sigmoid(-z)
+
+    def logit(self, log_f: Tensor) -> Tensor:
+        """z of log f, the other way round; f > lb."""
+        return torch.log((log_f.exp() - self.lower_bound) / -torch.expm1(log_f))
+
+
+class ForgetMixer(RecurrentMixer):
+    """A mixer with a forget gate f; the projections in ``streams`` may have a convolution each."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Mixer.Config):
+        """lower_bound: of f, one number or one a channel; the published model learns it.
+
+        A model's bounds are cumsum(softmax(b)) over its layers, less that of the first.
+        """
+
+        hidden_size: int = 1024
+        use_short_conv: bool = False
+        conv_size: int = 4
+        conv_bias: bool = False
+        elementwise_affine: bool = True
+        norm_eps: float = 1e-5
+        lower_bound: float | tuple[float, ...] = 0.0
+
+    config: Config
+    streams: ClassVar[tuple[str, ...]]
+    f_proj: nn.Linear
+
+    def add_gate_and_convolutions(self) -> None:
+        """The gate, and a convolution without activation behind each of ``streams``."""
+        c = self.config
+        self.forget = ForgetGate(c.lower_bound)
+        for name in self.streams if c.use_short_conv else ():
+            width = self.get_submodule(f"{name}_proj").out_features
+            convolution = ShortConvolution(width, c.conv_size, c.conv_bias, activation=None)
+            setattr(self, f"{name}_conv1d", convolution)
+
+    @property
+    def conv_shapes(self) -> tuple[tuple[int, int], ...]:
+        if not self.config.use_short_conv:
+            return ()
+        weights = [self.get_parameter(f"{name}_conv1d.weight") for name in self.streams]
+        return tuple((w.shape[2] - 1, w.shape[0]) for w in weights)
+
+    def project_streams(
+        self, x: Tensor, past: tuple[Tensor, ...] | None, tokens: Tokens
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Each of ``streams`` [B, T, *] and the next convolution state."""
+        streams, conv = [self.get_submodule(f"{name}_proj")(x) for name in self.streams], []
+        for i, name in enumerate(self.streams if self.config.use_short_conv else ()):
+            convolve = self.get_submodule(f"{name}_conv1d")
+            streams[i], last = convolve(streams[i], None if past is None else past[i], tokens)
+            conv.append(last)
+        return streams, tuple(conv)
+
+    @torch.no_grad()
+    def set_decay(self, half_life: Tensor) -> None:
+        """Half-lives [n] in tokens of n equal runs of the channels of f, whatever the input."""
+        z = self.forget.logit(-math.log(2) / half_life.double())
+        self.f_proj.weight.zero_()
+        self.f_proj.bias.copy_(z.repeat_interleave(self.f_proj.out_features // len(z)))
+
+
+class HGRNAttention(ForgetMixer):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(ForgetMixer.Config):
+        """The fields after expand_ratio are those a conversion needs.
+
+        num_heads, head_dim: runs of channels that one head of attention becomes, None for the
+        published width; timescales: averages kept of each channel; bias, o_bias: of i, f, g and of
+        o; activation: of i; output_norm: False as a conversion starts.
+        """
+
+        expand_ratio: float = 1
+        num_heads: int = 1
+        head_dim: int | None = None
+        timescales: int = 1
+        bias: bool = False
+        o_bias: bool = False
+        activation: str = "silu"
+        output_norm: bool = True
+
+    config: Config
+    streams = ("i", "f")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        c, width = config, int(config.hidden_size * config.expand_ratio)
+        if c.head_dim is not None:
+            width = c.num_heads * c.timescales * c.head_dim
+        for name in ("i", "f", "g"):
+            setattr(self, f"{name}_proj", nn.Linear(c.hidden_size, width, c.bias))
+        self.o_proj = nn.Linear(width, c.hidden_size, c.o_bias)
+        self.add_gate_and_convolutions()
+        self.activation = activation(c.activation)
+        if c.output_norm:
+            self.g_norm = RMSNorm(width, c.norm_eps, affine=c.elementwise_affine)
+
+    @property
+    def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.o_proj.in_features,),)
+
+    def project(
+        self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        (i, f), conv = self.project_streams(x, conv, tokens)
+        g, write = self.forget(f)
+        i = (write * self.activation(i)).to(i.dtype)
+        return (tokens.zero_padding(g), tokens.zero_padding(i)), conv
+
+    def mix(
+        self,
+        inputs: tuple[Tensor, ...],
+        state: tuple[Tensor, ...] | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        h, last = scan(*inputs, state=None if state is None else state[0], cu_seqlens=cu_seqlens)
+        return h, (last,)
+
+    def mix_step(
+        self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        h, last = scan_step(*inputs, state=state[0])
+        return h, (last,)
+
+    def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        o = self.g_norm(o) if self.config.output_norm else o
+        return self.o_proj(o * F.silu(self.g_proj(x)))
+
+    def set_half_life(self, tokens: Tensor) -> None:
+        """The geometric mean of the timescales of head h becomes tokens[h], whatever the input.
+
+        Args:
+            tokens: [H], > 0.
+        """
+        check_shape("tokens", tokens, (self.config.num_heads,))
+        scales = torch.arange(self.config.timescales, device=tokens.device)
+        apart = APART ** (scales - scales.double().mean())
+        self.set_decay((tokens.double()[:, None] * apart).flatten())
+
+    @torch.no_grad()
+    def load_attention(self, weights: AttentionWeights) -> None:
+        """Takes v as i and o; half-lives spread from 8 to 128 tokens; the output gate is one.
+
+        1 - f makes the weights of every average add up to one, as those of a softmax do.
+        """
+        heads, copies = self.config.num_heads, self.config.timescales
+        self.i_proj.weight.copy_(self.values(weights.v_weight))
+        self.i_proj.bias.zero_()
+        if weights.v_bias is not None:
+            self.i_proj.bias.copy_(self.values(weights.v_bias))
+        o = weights.o_weight.unflatten(1, (heads, 1, -1)).expand(-1, -1, copies, -1)
+        self.o_proj.weight.copy_(o.flatten(1) / copies)
+        if self.o_proj.bias is not None:
+            self.o_proj.bias.copy_(weights.o_bias)
+        self.g_proj.weight.zero_()
+        self.g_proj.bias.fill_(OPEN)
+        self.set_half_life(torch.logspace(3, 7, heads, base=2))
+
+    def values(self, v: Tensor) -> Tensor:
+        """Rows of an attention's values [H_kv V, ...] -> [H timescales V, ...]."""
+        c = self.config
+        v = v.unflatten(0, (-1, 1, 1, c.head_dim))  # [H_kv, group, timescale, V, ...]
+        groups = c.num_heads // len(v)
+        return v.expand(-1, groups, c.timescales, *v.shape[3:]).flatten(0, 3)
+
+    @classmethod
+    def config_for(cls, site: AttentionSite) -> Config:
+        """Averages of v at several timescales, and no norm."""
+        fields = QKVMixer.site_fields(site)
+        kept = {name: fields[name] for name in ("hidden_size", "num_heads", "head_dim", "o_bias")}
+        return cls.Config(**kept, timescales=4, bias=True, activation="identity", output_norm=False)
