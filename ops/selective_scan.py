@@ -17,7 +17,7 @@ from flacompile.ops.define import define
 from flacompile.ops.pairs import scan_, scan_chunks, sequences
 from flacompile.ops.validate import check_selective_scan
 
-SPAN = 32  # tokens: 32 [D, N] states, which a CPU's cache and the registers of an SM can hold
+SPAN = 16  # tokens: few enough [D, N] states for a cache of the CPU, or registers of the GPU
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]

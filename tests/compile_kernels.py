@@ -13,14 +13,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from itertools import product
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flacompile.ops.kernels import conv, linear_attn
+from flacompile.ops.kernels import conv, linear_attn, scan, selective_scan
+from flacompile.ops.selective_scan import SPAN
 
 DECAYS = ("none", "g", "gk", "gv", "g gk", "g gv", "gk gv")
 DTYPES = {"bf16": "tf32", "fp16": "tf32", "fp32": "ieee"}
@@ -72,6 +73,34 @@ def conv_variants():
             yield Variant(name, getattr(conv, f"_{kernel}_kernel"), types, constants)
 
 
+def scan_variants():
+    """Both kernels, with and without packed sequences."""
+    for dtype, packed in product(DTYPES, (False, True)):
+        types = dict.fromkeys(("x", "h", "dh", "dx"), f"*{dtype}") | {"T": "i32", "D": "i32"}
+        types |= dict.fromkeys(("g", "state", "final", "dfinal", "dg", "dstate"), "*fp32")
+        types |= {"cu_seqlens": "*i64"} if packed else {}
+        for kernel in ("forward", "backward"):
+            name = f"scan {kernel}{', packed' if packed else ''}, {dtype}"
+            yield Variant(name, getattr(scan, f"_{kernel}_kernel"), types, scan.TILE)
+
+
+def selective_scan_variants():
+    """Both kernels at small and large states, the latter packed."""
+    outputs = ("final", "starts", "dfinal", "ddt", "dA", "dB", "dC", "dstate")
+    for dtype, (N, packed) in product(DTYPES, ((16, False), (24, True), (128, True))):
+        types = dict.fromkeys(("u", "B", "C", "y", "dy", "du"), f"*{dtype}")
+        types |= dict.fromkeys(("dt", "A", "state", *outputs), "*fp32")
+        types |= dict.fromkeys(("T", "D", "G", "SLOTS", "NUM_TOKENS"), "i32")
+        types |= {"cu_seqlens": "*i64"} if packed else {}
+        constants = {"N": N, "SPAN": SPAN, **selective_scan.tiles(1536, N)}
+        for kernel in ("forward", "backward"):
+            name = f"selective_scan {kernel}, {dtype}, {N} states"
+            yield Variant(name, getattr(selective_scan, f"_{kernel}_kernel"), types, constants)
+
+
+VARIANTS = (linear_attn_variants, conv_variants, scan_variants, selective_scan_variants)
+
+
 def source(variant):
     """The kernel as the compiler takes it, and the options of its launch."""
     names, constants = variant.kernel.arg_names, dict(variant.constants)
@@ -95,7 +124,7 @@ def needs(compiled):
 
 
 def main(architectures):
-    for variant in (*linear_attn_variants(), *conv_variants()):
+    for variant in chain.from_iterable(variants() for variants in VARIANTS):
         src, options = source(variant)
         for arch in architectures:
             compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
