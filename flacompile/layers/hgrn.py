@@ -34,7 +34,8 @@ APART = 4.0  # ratio of the half-lives of neighbouring timescales
 class ForgetGate(nn.Module):
     """f = lb + (1 - lb) σ(z) as log f and 1 - f, in fp32, exact where f is next to 0 or to 1.
 
-    log f = log σ(z) - log σ(z - log lb)        1 - f = (1 - lb) σ(-z)
+    1 - f = (1 - lb) σ(-z)
+    log f = log(1 - (1 - f)), or where f < 1/2: log σ(z) - log σ(z - log lb)
 
     Args:
         lower_bound: lb, one number or one a channel, in [0, 1).
@@ -58,8 +59,10 @@ class ForgetGate(nn.Module):
         """log f and 1 - f of z [..., C]."""
         z = at_least_fp32(z)
         lb = self.lower_bound.to(z.dtype)
-        log_f = F.logsigmoid(z) - F.logsigmoid(z - lb.log())
-        return log_f.clamp(max=0), (1 - lb) * torch.sigmoid(-z)
+        write = (1 - lb) * torch.sigmoid(-z)
+        near_zero = F.logsigmoid(z) - F.logsigmoid(z - lb.log())
+        near_one = torch.log1p(-write.clamp(max=0.5))  # the clamp: no infinite slope is left
+        return torch.where(write < 0.5, near_one, near_zero), write
 
     def logit(self, log_f: Tensor) -> Tensor:
         """z of log f, the other way round; f > lb."""
