@@ -66,6 +66,7 @@ class RWKV6Attention(RWKVAttention):
         )
         self.x_bias = nn.Parameter(torch.zeros(5, width))
         w = LowRank(width, config.gate_low_rank_dim, heads * self.key_dim, nn.Tanh())
+        w.start_at(torch.linspace(-6, -1, heads * self.key_dim))  # from 280 tokens to 2
         self.w_proj = nn.ModuleDict({"linear": w})
         self.bonus = nn.Parameter(torch.zeros(heads, self.key_dim))
         self.gate_fn = activation(config.gate_fn)
