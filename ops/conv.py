@@ -136,7 +136,7 @@ def conv_backward(
     ]
     dx, dweight, dstate = zip(*parts, strict=True)
     dbias = dy.new_empty(0) if bias is None else _wide(dy).sum((0, 1)).to(bias.dtype)
-    return torch.cat(dx, 1), sum(dweight).to(weight.dtype), dbias, torch.cat(dstate)
+    return torch.cat(dx, 1), torch.stack(dweight).sum(0).to(weight.dtype), dbias, torch.cat(dstate)
 
 
 def decomposed(

@@ -102,6 +102,8 @@ def test_bad_half_life(name):
         mixer.set_half_life(torch.ones(3))
 
 
-def test_heads_of_hgrn2_without_a_number():
-    with pytest.raises(ValueError, match="num_heads: expected a number without expand_ratio"):
-        HGRN2Attention(HGRN2Attention.Config(expand_ratio=None))
+@pytest.mark.parametrize("expand_ratio", [None, 2048])
+def test_hgrn2_without_heads(expand_ratio):
+    message = f"expand_ratio: expected at most 1024, or None and num_heads, got {expand_ratio}"
+    with pytest.raises(ValueError, match=message):
+        HGRN2Attention(HGRN2Attention.Config(expand_ratio=expand_ratio))

@@ -96,8 +96,8 @@ class ForgetMixer(RecurrentMixer):
         c = self.config
         self.forget = ForgetGate(c.lower_bound)
         for name in self.streams if c.use_short_conv else ():
-            width = self.get_submodule(f"{name}_proj").out_features
-            convolution = ShortConvolution(width, c.conv_size, c.conv_bias, activation=None)
+            channels = len(self.get_parameter(f"{name}_proj.weight"))
+            convolution = ShortConvolution(channels, c.conv_size, c.conv_bias, activation=None)
             setattr(self, f"{name}_conv1d", convolution)
 
     @property
@@ -153,8 +153,9 @@ class HGRNAttention(ForgetMixer):
         c, width = config, int(config.hidden_size * config.expand_ratio)
         if c.head_dim is not None:
             width = c.num_heads * c.timescales * c.head_dim
-        for name in ("i", "f", "g"):
-            setattr(self, f"{name}_proj", nn.Linear(c.hidden_size, width, c.bias))
+        self.i_proj = nn.Linear(c.hidden_size, width, c.bias)
+        self.f_proj = nn.Linear(c.hidden_size, width, c.bias)
+        self.g_proj = nn.Linear(c.hidden_size, width, c.bias)
         self.o_proj = nn.Linear(width, c.hidden_size, c.o_bias)
         self.add_gate_and_convolutions()
         self.activation = activation(c.activation)
@@ -210,24 +211,18 @@ class HGRNAttention(ForgetMixer):
         1 - f makes the weights of every average add up to one, as those of a softmax do.
         """
         heads, copies = self.config.num_heads, self.config.timescales
-        self.i_proj.weight.copy_(self.values(weights.v_weight))
-        self.i_proj.bias.zero_()
-        if weights.v_bias is not None:
-            self.i_proj.bias.copy_(self.values(weights.v_bias))
-        o = weights.o_weight.unflatten(1, (heads, 1, -1)).expand(-1, -1, copies, -1)
-        self.o_proj.weight.copy_(o.flatten(1) / copies)
-        if self.o_proj.bias is not None:
-            self.o_proj.bias.copy_(weights.o_bias)
-        self.g_proj.weight.zero_()
-        self.g_proj.bias.fill_(OPEN)
-        self.set_half_life(torch.logspace(3, 7, heads, base=2))
+        o = weights.o_weight.unflatten(1, (heads, 1, -1))
 
-    def values(self, v: Tensor) -> Tensor:
-        """Rows of an attention's values [H_kv V, ...] -> [H timescales V, ...]."""
-        c = self.config
-        v = v.unflatten(0, (-1, 1, 1, c.head_dim))  # [H_kv, group, timescale, V, ...]
-        groups = c.num_heads // len(v)
-        return v.expand(-1, groups, c.timescales, *v.shape[3:]).flatten(0, 3)
+        def values(v: Tensor) -> Tensor:  # [H_kv V, ...] -> [H copies V, ...]
+            v = v.unflatten(0, (-1, 1, 1, o.shape[-1]))
+            return v.expand(-1, heads // len(v), copies, *v.shape[3:]).flatten(0, 3)
+
+        v_bias = 0.0 if weights.v_bias is None else values(weights.v_bias)
+        _set(self.i_proj, values(weights.v_weight), v_bias)
+        o_bias = 0.0 if weights.o_bias is None else weights.o_bias
+        _set(self.o_proj, o.expand(-1, -1, copies, -1).flatten(1) / copies, o_bias)
+        _set(self.g_proj, 0.0, OPEN)
+        self.set_half_life(torch.logspace(3, 7, heads, base=2))
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
@@ -235,3 +230,9 @@ class HGRNAttention(ForgetMixer):
         fields = QKVMixer.site_fields(site)
         kept = {name: fields[name] for name in ("hidden_size", "num_heads", "head_dim", "o_bias")}
         return cls.Config(**kept, timescales=4, bias=True, activation="identity", output_norm=False)
+
+
+def _set(layer: nn.Linear, weight: Tensor | float, bias: Tensor | float) -> None:
+    layer.weight.copy_(torch.as_tensor(weight))
+    if layer.bias is not None:
+        layer.bias.copy_(torch.as_tensor(bias))

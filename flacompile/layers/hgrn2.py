@@ -48,10 +48,11 @@ class HGRN2Attention(ForgetMixer, QKVMixer):
     streams = ("q", "f", "i")
 
     def __init__(self, config: Config) -> None:
-        c, heads = config, config.num_heads
+        c, heads = config, config.num_heads or 0
         if c.expand_ratio is not None:
             heads = c.hidden_size // c.expand_ratio
-        expect(heads is not None, "num_heads", "a number without expand_ratio", heads)
+        wanted = f"at most {c.hidden_size}, or None and num_heads"
+        expect(heads > 0, "expand_ratio", wanted, c.expand_ratio)
         config = dataclasses.replace(c, num_heads=heads)
         value_dim = c.head_dim or c.hidden_size // heads
         key_dim = c.head_dim or c.expand_ratio or value_dim
@@ -70,7 +71,7 @@ class HGRN2Attention(ForgetMixer, QKVMixer):
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
-        return ((self.config.num_heads, self.key_dim, self.value_dim),)
+        return ((self.output_heads, self.key_dim, self.value_dim),)
 
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
@@ -82,7 +83,7 @@ class HGRN2Attention(ForgetMixer, QKVMixer):
         g, write = g.view_as(k), write.view_as(k)
         k = k if self.config.tie_keys else (write * k).to(q.dtype)
         k, g = tokens.zero_padding(k), tokens.zero_padding(g)
-        k, v, g = (repeat_heads(y, self.config.num_heads) for y in (k, v, g))
+        k, v, g = (repeat_heads(y, self.output_heads) for y in (k, v, g))
         return (q, k, v, g), conv
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -95,7 +96,7 @@ class HGRN2Attention(ForgetMixer, QKVMixer):
         Args:
             tokens: [H], > 0; heads that share a gate take the geometric mean.
         """
-        check_shape("tokens", tokens, (self.config.num_heads,))
+        check_shape("tokens", tokens, (self.output_heads,))
         self.set_decay(tokens.double().log().view(self.kv_heads, -1).mean(1).exp())
 
     def load_attention(self, weights: AttentionWeights) -> None:
@@ -104,7 +105,7 @@ class HGRN2Attention(ForgetMixer, QKVMixer):
         1 - f makes the decays that a head sums with add up to one, as a softmax does.
         """
         super().load_attention(weights)
-        self.set_half_life(torch.logspace(3, 7, self.config.num_heads, base=2))
+        self.set_half_life(torch.logspace(3, 7, self.output_heads, base=2))
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
