@@ -13,10 +13,15 @@ from flacompile.calibrate import relative_error
 from flacompile.convert import report
 from flacompile.distill.objectives import attention_io
 from flacompile.layers import MIXERS, Attention, GatedLinearAttention
+from flacompile.layers.base import RecurrentMixer
 from flacompile.passes.swap_attention import routed, swapped
 
-LINEAR = sorted(set(MIXERS) - {"attn"})
+LINEAR = sorted(name for name, cls in MIXERS.items() if issubclass(cls, RecurrentMixer))
 TRANSFORMERS = [name for name in MODELS if not name.startswith("handwritten")]
+NORMS = ("qwen3", "olmo2")  # of q and k, for which MLA has no place
+EXACT = [(name, "attn") for name in MODELS] + [
+    (name, "mla") for name in MODELS if name not in NORMS
+]
 
 
 def ids_of(seed: int, batch: int = 2, time: int = 24) -> torch.Tensor:
@@ -34,17 +39,17 @@ def distance(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).norm() / want.norm()).item()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_attention_for_attention_is_exact(name):
+@pytest.mark.parametrize(("name", "mixer"), EXACT)
+def test_attention_for_attention_is_exact(name, mixer):
     model, inputs, _ = MODELS[name]()
     ids = ids_of(7)
     want = logits(model, ids)
-    flacompile.convert(model, "attn", init="neutral", example_inputs=inputs)
+    flacompile.convert(model, mixer, init="neutral", example_inputs=inputs)
     assert distance(logits(model, ids), want) < 1e-5
     assert len(swapped(model)) == LAYERS
     assert [layer.path for layer in report(model).layers] == list(swapped(model))
     for path in swapped(model):
-        assert f"{path} -> attn" in str(report(model))
+        assert f"{path} -> {mixer}" in str(report(model))
     assert all(layer.before < 1e-9 for layer in report(model).layers)
 
 
@@ -86,9 +91,9 @@ def test_key_heads_repeated_by_row_would_be_noticed():
     assert distance(logits(model, ids), want) > 1e-2
 
 
-@pytest.mark.parametrize("mixer", LINEAR)
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
 @pytest.mark.parametrize("name", ["llama", "gpt2", "handwritten_rope"])
-def test_linear_mixer_trains_and_teacher_stays(name, mixer):
+def test_mixer_trains_and_teacher_stays(name, mixer):
     case = MODELS[name]()
     model = flacompile.convert(case.model, mixer, example_inputs=case.inputs)
     out = model(ids_of(5))
@@ -117,7 +122,7 @@ class Silent(torch.nn.Module):
         return torch.zeros_like(out[0]), *out[1:]
 
 
-@pytest.mark.parametrize("mixer", ["attn", *LINEAR])
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
 @pytest.mark.parametrize("name", ["llama", "gpt2", "handwritten"])
 def test_routes(name, mixer):
     case = MODELS[name]()
@@ -132,7 +137,7 @@ def test_routes(name, mixer):
     with routed(model, "zero"):
         assert distance(logits(model, ids), logits(silent, ids)) < 1e-5
     assert logits(model, ids).equal(mixed)
-    if mixer != "attn":
+    if mixer not in ("attn", "mla"):
         assert distance(mixed, want) > 1e-3
 
 
