@@ -33,6 +33,7 @@ VARIANTS = {
         "input_gate": {"use_input_gate": True, "use_norm": False, "clamp_max": 0.5},
         "bare": {"use_rope": False, "use_norm": False, "use_output_gate": False},
         "unclamped": {"use_output_gate": False, "clamp_min": None, "clamp_max": None},
+        "recency": {"recency": True, "num_slots": 7, "num_kv_heads": 2},
     },
     "attn": {
         "window": {"window_size": 5, "num_kv_heads": 2},
@@ -43,7 +44,7 @@ VARIANTS = {
         "window": {"window_size": 5, "num_kv_heads": 2},
         "no_norm": {"input_norm": False, "rope_theta": None},
     },
-    "based": {"odd": {"feature_dim": 5, "head_dim": 7, "num_kv_heads": 2}},
+    "based": {"odd": {"feature_dim": 5, "head_dim": 7, "num_kv_heads": 2, "use_decay": True}},
     "gated_deltanet": {
         "more_values": {"num_v_heads": 8, "conv_bias": True, "rotary": HALVES},
         "no_conv": {"use_short_conv": False, "num_kv_heads": 2, "allow_neg_eigval": True},
@@ -103,7 +104,8 @@ VARIANTS = {
     "lightnet": {
         "narrow": {"expand_ratio": 7, "gate_low_rank_dim": 5, "num_kv_heads": 2},
         "conv": {"expand_ratio": None, "use_short_conv": True, "conv_bias": True},
-        "bare": {"feature_map": "identity", "use_output_gate": False, "output_norm": False},
+        "bare": {"use_output_gate": False, "output_norm": False},
+        "mirrored": {"mirrored": True, "recency": True, "expand_ratio": 6, "rotary": HALVES},
     },
     "linear_attn": {
         "hedgehog": {"feature_map": "hedgehog", "do_feature_map_norm": True, "rotary": HALVES},
@@ -111,6 +113,7 @@ VARIANTS = {
         "t2r": {"feature_map": "t2r", "norm_q": True, "norm_k": True},
         "dpfp": {"feature_map": "dpfp", "norm_k": True},
         "tied": {"tie_feature_map_qk": True},
+        "decay": {"feature_map": "hedgehog", "do_feature_map_norm": True, "use_decay": True},
     },
     "mamba": {
         "heads": {"num_heads": 4, "num_kv_heads": 2, "rotary": HALVES},
@@ -155,7 +158,7 @@ VARIANTS = {
         },
     },
     "rebased": {
-        "offset": {"normalize": False, "offset": 2.0, "num_kv_heads": 2},
+        "offset": {"normalize": False, "offset": 2.0, "num_kv_heads": 2, "use_decay": True},
         "no_affine": {"use_gamma": False, "use_beta": False},
         "no_gamma": {"use_gamma": False, "feature_dim": 7, "eps": 1e-5},
         "no_norm": {"use_beta": False, "normalize": False, "offset": 1.0},

@@ -127,6 +127,7 @@ def linear_attn(m, x):
     k = k / (k.sum(-1, keepdim=True) + 1e-4) if c.norm_k else k
     for t in range(x.shape[1]):
         a = torch.einsum("bhk,bshk->bhs", q[:, t], k[:, : t + 1]) * (c.scale or q.shape[-1] ** -0.5)
+        a = a * aged(m, t) if c.use_decay else a
         a = a / (a.sum(-1, keepdim=True) + 1e-10) if c.do_feature_map_norm else a
         o.append(torch.einsum("bhs,bshv->bhv", a, v[:, : t + 1]))
     o = torch.stack(o, 1)
@@ -176,13 +177,19 @@ def mla(m, x):
     return softmax(m, q, k, v, c.scale or q.shape[-1] ** -0.5 * sharpness**2)
 
 
+def over_time(m, x, t):
+    """softmax_s(x_s - r (t - s)) over s <= t; r only where a conversion has it."""
+    r = 0 if m.running.log_rate is None else m.running.log_rate.exp()
+    return (x[:, : t + 1] - r * torch.arange(t, -1, -1)[:, None, None]).softmax(1)
+
+
 def abc(m, x):
     c, o = m.config, []
     q, k, v = qkv(m, x, gate=F.silu if c.use_input_gate else identity)
     s = m.s_proj(x).view(*x.shape[:2], c.num_heads, -1)
     s = s if c.clamp_max is None else s.clamp(c.clamp_min, c.clamp_max)
     for t in range(x.shape[1]):
-        α = s[:, : t + 1].softmax(1)
+        α = over_time(m, s, t)
         keys, values = (torch.einsum("bshm,bshx->bhmx", α, y[:, : t + 1]) for y in (k, v))
         scores = torch.einsum("bhmk,bhk->bhm", keys, q[:, t]) * (c.scale or q.shape[-1] ** -0.5)
         o.append(torch.einsum("bhm,bhmv->bhv", scores.softmax(-1), values))
@@ -192,10 +199,10 @@ def abc(m, x):
 
 def lightnet(m, x):
     (q, k, v), c, o = qkv(m, x, conv_act=identity), m.config, []
-    q = F.silu(q) if c.feature_map == "silu" else q
+    k = torch.cat((k, -k), -1) if c.mirrored else k
+    q = torch.cat((q, -q), -1).softmax(-1) if c.mirrored else F.silu(q)
     for t in range(x.shape[1]):
-        weights = k[:, : t + 1].softmax(1)
-        S = torch.einsum("bshk,bshv->bhkv", weights, v[:, : t + 1])
+        S = torch.einsum("bshk,bshv->bhkv", over_time(m, k, t), v[:, : t + 1])
         o.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S) * (c.scale or q.shape[-1] ** -0.5))
     o = torch.stack(o, 1).flatten(2)
     o = rms(o, m.g_norm.weight) if c.output_norm else o
@@ -253,12 +260,18 @@ def mamba2(m, x):
     return m.out_proj(y * after)
 
 
+def aged(m, t):
+    """e^{-r (t - s)} for s = 0..t, [H, t + 1]."""
+    return (-m.log_rate.exp()[:, None] * torch.arange(t, -1, -1)).exp()
+
+
 def features(m, x, φ, normalise=identity):
     """o = Σ w v / (Σ w + eps), w = φ(scale q)·φ(k)."""
     (q, k, v), c, o = qkv(m, x), m.config, []
     q, k = φ(normalise(q) * (c.scale or q.shape[-1] ** -0.5)), φ(normalise(k))
     for t in range(x.shape[1]):
         w = torch.einsum("bhf,bshf->bhs", q[:, t], k[:, : t + 1])
+        w = w * aged(m, t) if c.use_decay else w
         o.append(torch.einsum("bhs,bshv->bhv", w, v[:, : t + 1]) / (w.sum(-1, True) + c.eps))
     return m.o_proj(torch.stack(o, 1).flatten(2))
 

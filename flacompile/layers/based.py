@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from flacompile.layers.linear_attn import FeatureAttention
-from flacompile.layers.qkv import QKVMixer
 
 if TYPE_CHECKING:
     from flacompile.passes.sites import AttentionSite
@@ -38,7 +37,7 @@ def pairs(x: Tensor, cross: float = 1.0) -> Tensor:
 
 class BasedLinearAttention(FeatureAttention):
     @dataclass(frozen=True, kw_only=True)
-    class Config(QKVMixer.Config):
+    class Config(FeatureAttention.Config):
         """feature_dim: channels K of a head of q and k; eps: added to the sum of the weights."""
 
         num_heads: int = 12
@@ -60,5 +59,5 @@ class BasedLinearAttention(FeatureAttention):
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
-        """All channels of the heads, so that a is what the softmax saw."""
-        return cls.Config(**cls.site_fields(site), feature_dim=site.head_dim)
+        """All channels of the heads, so that a is what the softmax saw, and a decay."""
+        return cls.Config(**cls.site_fields(site), feature_dim=site.head_dim, use_decay=True)

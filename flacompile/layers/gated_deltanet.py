@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
         self.v_proj = nn.Linear(width, steps * value_heads * value_dim, config.qkv_bias)
         self.o_proj = nn.Linear(self.heads * value_dim, width, config.o_bias)
         self.b_proj = nn.Linear(width, steps * self.heads, config.beta_bias)
-        self.forget = forget
+        self.steps, self.forget = steps, forget
         if forget:
             self.a_proj = nn.Linear(width, self.heads, bias=False)
             self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(0, 16).log())
@@ -140,15 +140,49 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
     def set_half_life(self, tokens: Tensor) -> None:
         """Makes the decay of head h halve the state every tokens[h] tokens, whatever the input.
 
-        softplus(b) = ln 2 / tokens, with A = 0 and W_a = 0.
+        softplus(b) = ln 2 / tokens, with A = 0 and W_a = 0. Without a decay it does nothing.
 
         Args:
             tokens: [H], > 0.
         """
         check_shape("tokens", tokens, (self.heads,))
-        self.A_log.zero_()
-        self.a_proj.weight.zero_()
-        self.dt_bias.copy_(inverse_softplus(math.log(2) / tokens.double()))
+        if self.forget:
+            self.A_log.zero_()
+            self.a_proj.weight.zero_()
+            self.dt_bias.copy_(inverse_softplus(math.log(2) / tokens.double()))
+
+    def attention_rows(self, name: str, parameter: Tensor) -> Tensor:
+        return parameter.unflatten(0, (self.steps, -1))[-1] if name in ("k", "v") else parameter
+
+    @torch.no_grad()
+    def load_attention(self, weights: AttentionWeights) -> None:
+        """As the base class, with half-lives from 8 to 128 tokens and β = 1/2.
+
+        Of several steps the last one takes over the attention. Those before it add nothing yet
+        (v = 0) and erase 1/20 of what lies along some direction.
+        """
+        super().load_attention(weights)
+        self.v_proj.weight.unflatten(0, (self.steps, -1))[:-1].zero_()
+        beta = torch.tensor([0.05] * (self.steps - 1) + [0.5])
+        beta = beta / 2 if self.config.allow_neg_eigval else beta
+        self.b_proj.weight.zero_()
+        self.b_proj.bias.copy_(beta.logit().repeat_interleave(self.heads))
+        self.set_half_life(torch.logspace(3, 7, self.heads, base=2))
+
+    @classmethod
+    def conversion_fields(cls, site: AttentionSite) -> dict[str, Any]:
+        """Nothing between q, k, v and o but the delta rule, whose β has a bias to start from.
+
+        q and k keep their length of one, without which the rule diverges: scale is 1.
+        """
+        return cls.site_fields(site) | {
+            "scale": 1.0,
+            "expand_v": 1.0,
+            "use_short_conv": False,
+            "activation": "identity",
+            "output_norm": False,
+            "beta_bias": True,
+        }
 
 
 class GatedDeltaNet(GatedDeltaRule):
@@ -164,22 +198,6 @@ class GatedDeltaNet(GatedDeltaRule):
             config, 1, True, config.output_gate_activation if config.use_gate else None
         )
 
-    @torch.no_grad()
-    def load_attention(self, weights: AttentionWeights) -> None:
-        super().load_attention(weights)
-        tokens = torch.logspace(3, 7, self.heads, base=2)
-        self.set_half_life(tokens)
-        self.b_proj.weight.zero_()
-        self.b_proj.bias.zero_()
-
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
-        return cls.Config(
-            **cls.site_fields(site) | {"scale": 1.0},
-            expand_v=1.0,
-            use_short_conv=False,
-            use_gate=False,
-            activation="identity",
-            output_norm=False,
-            beta_bias=True,
-        )
+        return cls.Config(**cls.conversion_fields(site), use_gate=False)

@@ -10,11 +10,15 @@ of each token and is read at the last. All else is Gated DeltaNet.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from flacompile.layers.gated_deltanet import GatedDeltaRule
+
+if TYPE_CHECKING:
+    from flacompile.passes.sites import AttentionSite
 
 
 class GatedDeltaProduct(GatedDeltaRule):
@@ -57,3 +61,7 @@ class GatedDeltaProduct(GatedDeltaRule):
             o, state = super().mix_step((q, k, v, g, beta), state)
             g = g.new_zeros(g.shape)
         return o, state
+
+    @classmethod
+    def config_for(cls, site: AttentionSite) -> Config:
+        return cls.Config(**cls.conversion_fields(site), use_output_gate=False)

@@ -3,28 +3,30 @@
     S_t = S_{t-1} + φ(k_t) v_t^T        o_t = scale φ(q_t) S_t
     z_t = z_{t-1} + φ(k_t)              o_t / (scale φ(q_t) z_t), when normalised
 
-z is a column of S that belongs to a channel of ones in v.
+z is a column of S that belongs to a channel of ones in v. A conversion adds a decay that each head
+learns, S_t = e^-r S_{t-1} + φ(k_t) v_t^T: without one, most of what a softmax leaves out stays.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from flacompile.blocks import RMSNorm, feature_map
+from flacompile.blocks import RMSNorm, at_least_fp32, feature_map
 from flacompile.layers.base import RecurrentMixer, Tokens, repeat_heads
 from flacompile.layers.qkv import QKVMixer
-from flacompile.ops.validate import expect
+from flacompile.ops.validate import check_shape, expect
 
 if TYPE_CHECKING:
     from flacompile.passes.sites import AttentionSite
 
 
 class FeatureAttention(QKVMixer, RecurrentMixer):
-    """Linear attention without decay; Katharopoulos', Based and ReBased. Subclasses set φ.
+    """Linear attention by features; Katharopoulos', Based and ReBased. Subclasses define φ.
 
     Args:
         config: as of any mixer with the projections of attention.
@@ -34,9 +36,17 @@ class FeatureAttention(QKVMixer, RecurrentMixer):
         eps: added to the sum of the weights that o is divided by; None leaves o undivided.
     """
 
+    @dataclass(frozen=True, kw_only=True)
+    class Config(QKVMixer.Config):
+        """use_decay: whether weights fall off with distance; in no paper, for conversions."""
+
+        use_decay: bool = False
+
+    config: Config
+
     def __init__(
         self,
-        config: QKVMixer.Config,
+        config: Config,
         key_dim: int,
         value_dim: int,
         feature_dim: int,
@@ -45,6 +55,9 @@ class FeatureAttention(QKVMixer, RecurrentMixer):
         super().__init__(config, key_dim, value_dim, config.rotary, config.qk_norm)
         self.feature_dim, self.eps = feature_dim, eps
         self.norm: nn.Module = nn.Identity()
+        if config.use_decay:
+            self.log_rate = nn.Parameter(torch.empty(config.num_heads))
+            self.set_half_life(torch.full((config.num_heads,), 1024.0))
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -63,17 +76,33 @@ class FeatureAttention(QKVMixer, RecurrentMixer):
         if self.eps is not None:
             v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
         k, v = (repeat_heads(i, self.config.num_heads) for i in (tokens.zero_padding(k), v))
-        return (q, k, v), conv
+        if not self.config.use_decay:
+            return (q, k, v), conv
+        g = -at_least_fp32(self.log_rate).exp().expand(q.shape[:3])
+        return (q, k, v, tokens.zero_padding(g)), conv
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         if self.eps is not None:
             o = o[..., :-1] / (o[..., -1:] + self.eps)
         return self.o_proj(self.norm(o).flatten(2))
 
+    @torch.no_grad()
+    def set_half_life(self, tokens: Tensor) -> None:
+        """Makes the decay of head h halve the state every tokens[h] tokens: r = ln 2 / tokens.
+
+        Without a decay it does nothing.
+
+        Args:
+            tokens: [H], > 0.
+        """
+        check_shape("tokens", tokens, (self.config.num_heads,))
+        if self.config.use_decay:
+            self.log_rate.copy_((math.log(2) / tokens.double()).log())
+
 
 class LinearAttention(FeatureAttention):
     @dataclass(frozen=True, kw_only=True)
-    class Config(QKVMixer.Config):
+    class Config(FeatureAttention.Config):
         """norm_q, norm_k: φ divided by its sum; do_feature_map_norm: o by its weights' sum."""
 
         expand_k: float = 1.0
@@ -111,10 +140,11 @@ class LinearAttention(FeatureAttention):
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
-        """φ = hedgehog at W = 1 after rotary, normalised as softmax is, and no output norm."""
+        """φ = hedgehog at W = 1 after rotary, normalised as softmax is; a decay, no output norm."""
         return cls.Config(
             **cls.site_fields(site),
             feature_map="hedgehog",
             do_feature_map_norm=True,
             output_norm="identity",
+            use_decay=True,
         )

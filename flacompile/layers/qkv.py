@@ -143,16 +143,21 @@ class QKVMixer(Mixer):
             "scale": site.scale,
         }
 
+    def attention_rows(self, name: str, parameter: Tensor) -> Tensor:
+        """The part of a weight or bias that an attention's goes into: all of it."""
+        return parameter
+
     @torch.no_grad()
     def load_attention(self, weights: AttentionWeights) -> None:
         """Copies an attention's projections and norms; a bias it lacks becomes zero."""
         for name in "qkvo":
             proj = self.projection(name)
-            _copy(f"{name}_weight", proj.weight, getattr(weights, f"{name}_weight"))
+            rows = self.attention_rows(name, proj.weight)
+            _copy(f"{name}_weight", rows, getattr(weights, f"{name}_weight"))
             bias = getattr(weights, f"{name}_bias")
             expect(bias is None or proj.bias is not None, f"{name}_bias", "None", "a tensor")
             if bias is not None:
-                _copy(f"{name}_bias", proj.bias, bias)
+                _copy(f"{name}_bias", self.attention_rows(name, proj.bias), bias)
             elif proj.bias is not None:
                 proj.bias.zero_()
         if self.qk_norm is not None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from flacompile.layers.based import pairs
 from flacompile.layers.linear_attn import FeatureAttention
-from flacompile.layers.qkv import QKVMixer
 
 if TYPE_CHECKING:
     from flacompile.passes.sites import AttentionSite
@@ -40,7 +39,7 @@ class NormalisedAffine(nn.Module):
 
 class ReBasedLinearAttention(FeatureAttention):
     @dataclass(frozen=True, kw_only=True)
-    class Config(QKVMixer.Config):
+    class Config(FeatureAttention.Config):
         """feature_dim: channels K of a head of q and k; eps: added to the sum of the weights.
 
         offset: not in the paper, where it is 0; that of a conversion is 2, as (2 + a)² / 4 is e^a
@@ -75,7 +74,11 @@ class ReBasedLinearAttention(FeatureAttention):
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
-        """All channels of the heads, and a² near the exponential of what the softmax saw."""
+        """All channels of the heads, a² near the exponential that the softmax saw, and a decay."""
         return cls.Config(
-            **cls.site_fields(site), feature_dim=site.head_dim, normalize=False, offset=2.0
+            **cls.site_fields(site),
+            feature_dim=site.head_dim,
+            normalize=False,
+            offset=2.0,
+            use_decay=True,
         )
