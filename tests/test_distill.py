@@ -6,6 +6,11 @@ import copy
 import dataclasses
 import functools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -197,6 +202,23 @@ def test_killed_and_resumed_is_the_uninterrupted_run(call, name, whole, monkeypa
     assert steps == expected and len(steps) == 6
 
 
+def test_killed_process_resumes(whole, tmp_path):
+    """The kernel's own kill, wherever it strikes after the second step."""
+    command = f"from test_distill import *; run(Path({str(tmp_path)!r}))"
+    path = os.pathsep.join((str(Path(__file__).parent), *sys.path))
+    process = subprocess.Popen(
+        [sys.executable, "-c", command], env=os.environ | {"PYTHONPATH": path}
+    )
+    log = tmp_path / "log.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 2):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    got = train.student_state(run(tmp_path))
+    assert all(v.equal(whole("llama")[1][k]) for k, v in got.items())
+    assert len(records(tmp_path)) == 6
+
+
 def test_finished_run_is_only_read_again(tmp_path):
     want = train.student_state(run(tmp_path))
     log = (tmp_path / "log.jsonl").read_text()
@@ -233,6 +255,8 @@ def test_checkpoint_of_another_run(tmp_path):
     run(tmp_path)
     with pytest.raises(ValueError, match=r"recipe: expected that of .*checkpoint\.pt"):
         run(tmp_path, recipe=dataclasses.replace(TINY, seed=1))
+    with pytest.raises(ValueError, match=r"data: expected the tokens that .*checkpoint\.pt"):
+        flacompile.distill(student(), stream(900), TINY, out=tmp_path)
     other = flacompile.convert(llama(num_hidden_layers=3)().model, "gla", init="neutral")
     with pytest.raises(ValueError, match="expected the tensors of this model"):
         flacompile.distill(other, stream(), TINY, out=tmp_path)

@@ -59,14 +59,13 @@ def distill(
             "model: expected a converted model that still has its teacher (convert, and not yet "
             f"finalize), got {len(layers)} swapped attentions"
         )
-    parts = tokens_of.split(
-        tokens_of.read_tokens(data, tokenizer), recipe.heldout, recipe.sequence_length
-    )
+    tokens = tokens_of.read_tokens(data, tokenizer)
+    parts = tokens_of.split(tokens, recipe.heldout, recipe.sequence_length)
     device = next(model.parameters()).device
     heldout = tokens_of.rows(parts.heldout, recipe.eval_tokens, recipe.sequence_length).to(device)
     teacher = frozen_teacher(model)
 
-    run = Run(Path(out))
+    run = Run(Path(out), tokens_of.fingerprint(tokens))
     optimizer_state = train.restore(run, recipe, model)
     if optimizer_state is None:
         run.log.unlink(missing_ok=True)

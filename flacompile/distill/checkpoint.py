@@ -10,7 +10,7 @@ import torch
 
 from flacompile.files import write_atomically
 
-PARTS = {"progress", "recipe", "model", "optimizer"}
+PARTS = {"progress", "tokens", "recipe", "model", "optimizer"}
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

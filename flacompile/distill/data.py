@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,11 @@ def read_tokens(data: str | Path | Tensor, tokenizer: Any = None) -> Tensor:
     encoded = tokenizer(paragraphs, add_special_tokens=False)["input_ids"]
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return torch.tensor([t for ids in encoded for t in first + ids], dtype=torch.long)
+
+
+def fingerprint(tokens: Tensor) -> str:
+    """A name for a stream: the same for the same tokens [n] alone."""
+    return hashlib.sha256(tokens.cpu().contiguous().numpy()).hexdigest()
 
 
 def split(tokens: Tensor, heldout: float, sequence_length: int) -> Split:

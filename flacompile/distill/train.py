@@ -30,9 +30,11 @@ class Run:
         step: steps of it that are done.
         steps: number of steps of each stage, once fixed.
         notes: figures measured before training.
+        tokens: what names the data (see ``data.fingerprint``).
     """
 
     out: Path
+    tokens: str
     stage: str = "align"
     step: int = 0
     steps: dict[str, int] = field(default_factory=dict)
@@ -60,6 +62,7 @@ def save(run: Run, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Opti
         run.file,
         {
             "progress": progress,
+            "tokens": run.tokens,
             "recipe": asdict(recipe),
             "model": student_state(model),
             "optimizer": optimizer.state_dict(),
@@ -71,7 +74,7 @@ def restore(run: Run, recipe: Recipe, model: nn.Module) -> dict[str, Any] | None
     """Brings run and model to the checkpoint in ``run.out``; returns the optimizer's state.
 
     Raises:
-        ValueError: the checkpoint is broken, of another recipe or of another model.
+        ValueError: the checkpoint is broken, of another recipe, other data or another model.
     """
     if not run.file.exists():
         return None
@@ -80,6 +83,8 @@ def restore(run: Run, recipe: Recipe, model: nn.Module) -> dict[str, Any] | None
         raise ValueError(
             f"recipe: expected that of {run.file}, {state['recipe']}, got {asdict(recipe)}"
         )
+    if state["tokens"] != run.tokens:
+        raise ValueError(f"data: expected the tokens that {run.file} was trained on, got others")
     want = {k: tuple(v.shape) for k, v in student_state(model).items()}
     got = {k: tuple(v.shape) for k, v in state["model"].items()}
     if want != got:
