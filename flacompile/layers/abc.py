@@ -4,7 +4,7 @@ H^k_t = Σ_{s<=t} α_s k_s^T        H^v_t = Σ_{s<=t} α_s v_s^T        [M, K] a
 p_t = softmax(scale H^k_t q_t)    o_t = (H^v_t)^T p_t
 
 α_s = softmax_{s<=t}(clamp(W_s x_s)) for every slot: each holds a mean of keys and one of values.
-With the sums h of ``running_softmax`` apart, both are linear attention with decays.
+With the sums of weights apart (see ``running_softmax``), both are linear attention with decays.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from flacompile.blocks import RMSNorm, Rotary
 from flacompile.layers.base import RecurrentMixer, Tokens, repeat_heads
 from flacompile.layers.qkv import QKVMixer
 from flacompile.ops import linear_attn, linear_attn_step
-from flacompile.running_softmax import running_softmax, running_softmax_step, without_padding
+from flacompile.running_softmax import RunningSoftmax, without_padding
 
 if TYPE_CHECKING:
     from flacompile.passes.sites import AttentionSite, AttentionWeights
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
 class ABCAttention(QKVMixer, RecurrentMixer):
     @dataclass(frozen=True, kw_only=True)
     class Config(QKVMixer.Config):
-        """num_slots: M, None is K; use_input_gate: silu on q, k and v before rotary."""
+        """num_slots: M, None is K; use_input_gate: silu on q, k and v before rotary.
+
+        recency: whether each slot forgets old tokens, at a learned rate, as a conversion starts.
+        """
 
         expand_k: float = 0.5
         expand_v: float = 1.0
@@ -46,6 +50,7 @@ class ABCAttention(QKVMixer, RecurrentMixer):
         use_norm: bool = True
         clamp_min: float | None = -32
         clamp_max: float | None = 32
+        recency: bool = False
 
     config: Config
 
@@ -59,6 +64,7 @@ class ABCAttention(QKVMixer, RecurrentMixer):
             self.add_convolutions(config.conv_size, config.conv_bias)
         self.num_slots = config.num_slots or key_dim
         self.s_proj = nn.Linear(config.hidden_size, config.num_heads * self.num_slots, bias=False)
+        self.running = RunningSoftmax(config.num_heads, self.num_slots, config.recency)
         if config.use_output_gate:
             self.g_proj = nn.Linear(config.hidden_size, self.o_proj.in_features, bias=False)
         if config.use_norm:
@@ -92,13 +98,13 @@ class ABCAttention(QKVMixer, RecurrentMixer):
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         packed = partial(linear_attn, cu_seqlens=cu_seqlens)
-        weigh = partial(running_softmax, cu_seqlens=cu_seqlens)
+        weigh = partial(self.running, cu_seqlens=cu_seqlens)
         return self._attend(inputs, state, packed, weigh)
 
     def mix_step(
         self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self._attend(inputs, state, linear_attn_step, running_softmax_step)
+        return self._attend(inputs, state, linear_attn_step, self.running.step)
 
     def _attend(
         self,
@@ -124,11 +130,27 @@ class ABCAttention(QKVMixer, RecurrentMixer):
             o = o * F.silu(self.g_proj(x))
         return self.o_proj(o)
 
+    def set_half_life(self, tokens: Tensor) -> None:
+        """The slots of head h forget half in 1 to tokens[h] tokens."""
+        self.running.set_half_life(tokens)
+
+    @torch.no_grad()
     def load_attention(self, weights: AttentionWeights) -> None:
+        """As the base class; slot m fills where channel m of the key is large, half-lives to 64.
+
+        So p starts as attention over means of keys that stand near, or are alike.
+        """
         super().load_attention(weights)
+        k = self.projection("k").weight.unflatten(0, (self.kv_heads, -1))
+        slots = torch.arange(self.num_slots, device=k.device) % self.key_dim
+        groups = self.config.num_heads // self.kv_heads
+        self.s_proj.weight.copy_(k[:, slots].repeat_interleave(groups, 0).flatten(0, 1))
+        self.set_half_life(k.new_full((self.config.num_heads,), 64.0))
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
         """Nothing between q, k, v and o but the slots: no gate and no norm."""
         fields = cls.site_fields(site)
-        return cls.Config(**fields, use_rope=False, use_output_gate=False, use_norm=False)
+        return cls.Config(
+            **fields, use_rope=False, use_output_gate=False, use_norm=False, recency=True
+        )

@@ -13,18 +13,19 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flacompile.blocks import RMSNorm, activation, low_rank
+from flacompile.blocks import RMSNorm, low_rank
 from flacompile.layers.base import RecurrentMixer, Tokens, repeat_heads
 from flacompile.layers.qkv import QKVMixer
 from flacompile.ops import linear_attn, linear_attn_step
 from flacompile.ops.validate import expect
-from flacompile.running_softmax import running_softmax, running_softmax_step, without_padding
+from flacompile.running_softmax import RunningSoftmax, without_padding
 
 if TYPE_CHECKING:
-    from flacompile.passes.sites import AttentionSite
+    from flacompile.passes.sites import AttentionSite, AttentionWeights
 
 
 class LightNetAttention(QKVMixer, RecurrentMixer):
@@ -32,7 +33,8 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
     class Config(QKVMixer.Config):
         """expand_ratio: K of a head; num_heads: None is hidden_size / expand_ratio.
 
-        feature_map: of q; use_output_gate, output_norm: False as a conversion starts.
+        The last four are for conversions. mirrored: [k, -k] for k, softmax([q, -q]) for silu(q);
+        recency: whether each channel of k forgets old tokens, at a learned rate.
         """
 
         num_heads: int | None = None  # type: ignore[assignment]
@@ -43,9 +45,10 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
         gate_low_rank_dim: int = 128
         elementwise_affine: bool = True
         norm_eps: float = 1e-5
-        feature_map: str = "silu"
+        mirrored: bool = False
         use_output_gate: bool = True
         output_norm: bool = True
+        recency: bool = False
 
     config: Config
 
@@ -64,7 +67,8 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
         )
         if config.use_short_conv:
             self.add_convolutions(config.conv_size, config.conv_bias, activation=None)
-        self.feature_map = activation(config.feature_map)
+        self.num_slots = self.key_dim * (1 + config.mirrored)
+        self.running = RunningSoftmax(heads, self.num_slots, config.recency)
         inner = heads * value_dim
         if config.use_output_gate:
             self.g_proj = low_rank(width, config.gate_low_rank_dim, inner, bias=False)
@@ -74,15 +78,19 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
         """S, and the maximum and the sum of each channel's weights."""
-        heads, key_dim = self.config.num_heads, self.key_dim
-        return (heads, key_dim, self.value_dim), (heads, key_dim), (heads, key_dim)
+        heads, slots = self.config.num_heads, self.num_slots
+        return (heads, slots, self.value_dim), (heads, slots), (heads, slots)
 
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         q, k, v, conv = self.qkv(x, conv, tokens)
+        if self.config.mirrored:
+            q, k = torch.cat((q, -q), -1).softmax(-1), torch.cat((k, -k), -1)
+        else:
+            q = F.silu(q)
         k, v = (repeat_heads(i, self.config.num_heads) for i in (without_padding(k, tokens), v))
-        return (self.feature_map(q), k, v), conv
+        return (q, k, v), conv
 
     def mix(
         self,
@@ -92,7 +100,7 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         q, k, v = inputs
         first, *sums = (None,) if state is None else state
-        k, g, total, sums = running_softmax(k, tuple(sums) or None, cu_seqlens)
+        k, g, total, sums = self.running(k, tuple(sums) or None, cu_seqlens)
         q, k = (q / total).to(v.dtype), k.to(v.dtype)
         o, last = linear_attn(q, k, v, g, scale=self.scale, state=first, cu_seqlens=cu_seqlens)
         return o, (last, *sums)
@@ -101,7 +109,7 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
         self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         q, k, v = inputs
-        k, g, total, sums = running_softmax_step(k, state[1:])
+        k, g, total, sums = self.running.step(k, state[1:])
         q, k = (q / total).to(v.dtype), k.to(v.dtype)
         o, last = linear_attn_step(q, k, v, g, scale=self.scale, state=state[0])
         return o, (last, *sums)
@@ -114,12 +122,18 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
             o = o * F.silu(self.g_proj(x))
         return self.o_proj(o)
 
+    def set_half_life(self, tokens: Tensor) -> None:
+        """The channels of head h forget half in 1 to tokens[h] tokens."""
+        self.running.set_half_life(tokens)
+
+    def load_attention(self, weights: AttentionWeights) -> None:
+        """As the base class; half-lives to 64 tokens."""
+        super().load_attention(weights)
+        self.set_half_life(torch.full((self.config.num_heads,), 64.0))
+
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
-        """q as it is, and nothing between v and o but the mean over time: no gate and no norm."""
-        return cls.Config(
-            **cls.site_fields(site),
-            feature_map="identity",
-            use_output_gate=False,
-            output_norm=False,
-        )
+        """o is a mean of v under weights of sum one, to which no gate or norm is applied."""
+        fields = cls.site_fields(site) | {"scale": 1.0}
+        conversion = {"mirrored": True, "recency": True}
+        return cls.Config(**fields, use_output_gate=False, output_norm=False, **conversion)
