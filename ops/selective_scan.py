@@ -17,7 +17,9 @@ from flacompile.ops.define import define
 from flacompile.ops.pairs import scan_, scan_chunks, sequences
 from flacompile.ops.validate import check_selective_scan
 
-SPAN = 16  # tokens: few enough [D, N] states for a cache of the CPU, or registers of the GPU
+# Tokens: few enough [D, N] states for a CPU's cache or a GPU's registers. The op takes it as an
+# argument, as it decides a shape: Inductor's cache knows a call by its arguments alone.
+SPAN = 16
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -64,7 +66,7 @@ def selective_scan(
         dtype = torch.promote_types(u.dtype, torch.float32)
         state = u.new_zeros(num_sequences, *A.shape, dtype=dtype)
     dt, A = dt.to(state.dtype), A.to(state.dtype)
-    return _forward(u, dt, A, B, C, state, cu_seqlens)[:2]
+    return _forward(u, dt, A, B, C, state, cu_seqlens, SPAN)[:2]
 
 
 def selective_scan_step(
@@ -112,7 +114,7 @@ def _recurrence(u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> Pair:
 
 def decomposed(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
-    cu_seqlens: Tensor | None,
+    cu_seqlens: Tensor | None, span: int,
 ) -> Triple:  # fmt: skip
     """The op as a fixed number of aten operations, for exporters; not for packed sequences.
 
@@ -125,46 +127,46 @@ def decomposed(
     g, x = dt[..., None] * A, _outer(dt * wide[0], wide[1])
     h, final = scan_chunks(g.flatten(2), x.flatten(2), state.flatten(1))
     y = _read(h.unflatten(2, A.shape), wide[2])
-    starts = _new_starts(u, state, cu_seqlens)
+    starts = _new_starts(u, state, cu_seqlens, span)
     return y.to(u.dtype), final.reshape(state.shape).contiguous(), starts
 
 
-def _spans(time: int, cu_seqlens: Tensor | None) -> list[tuple[slice, int, slice]]:
+def _spans(time: int, cu_seqlens: Tensor | None, span: int) -> list[tuple[slice, int, slice]]:
     """(rows of the state, slot, tokens) of every span; for the slots see ``_new_starts``."""
     found = []
     for n, tokens in sequences(time, cu_seqlens):
-        slot = 0 if cu_seqlens is None else tokens.start // SPAN + n.start
-        for i, first in enumerate(range(tokens.start, tokens.stop, SPAN)):
-            found.append((n, slot + i, slice(first, min(first + SPAN, tokens.stop))))
+        slot = 0 if cu_seqlens is None else tokens.start // span + n.start
+        for i, first in enumerate(range(tokens.start, tokens.stop, span)):
+            found.append((n, slot + i, slice(first, min(first + span, tokens.stop))))
     return found
 
 
-def _new_starts(u: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _new_starts(u: Tensor, state: Tensor, cu_seqlens: Tensor | None, span: int) -> Tensor:
     """Room for the states before each span, [B, slots, D, N]; what no span has stays zero.
 
-    The slots of packed sequence n begin at cu_seqlens[n] // SPAN + n, which needs no count of the
+    The slots of packed sequence n begin at cu_seqlens[n] // span + n, which needs no count of the
     spans before it. There is one more than that takes: a trace would specialise on a single slot.
     """
     in_a_row = 1 if cu_seqlens is None else state.shape[0]
-    return state.new_zeros(u.shape[0], u.shape[1] // SPAN + in_a_row + 1, *state.shape[1:])
+    return state.new_zeros(u.shape[0], u.shape[1] // span + in_a_row + 1, *state.shape[1:])
 
 
 @torch.autocast("cpu", enabled=False)  # sums are fp32, whatever the caller's context
 def selective_scan_forward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
-    cu_seqlens: Tensor | None,
+    cu_seqlens: Tensor | None, span: int,
 ) -> Triple:  # fmt: skip
     """y, the final state and the states before each span, on a CPU."""
     for name, log_decay in (("dt", -dt), ("A", A)):
         if log_decay.numel() and log_decay.max() > 0:
             raise ValueError(f"{name}: expected dt >= 0 and A <= 0, got one of the other sign")
-    y, h, starts = u.new_empty(u.shape), state.clone(), _new_starts(u, state, cu_seqlens)
-    for n, slot, tokens in _spans(u.shape[1], cu_seqlens):
+    y, h, starts = u.new_empty(u.shape), state.clone(), _new_starts(u, state, cu_seqlens, span)
+    for n, slot, tokens in _spans(u.shape[1], cu_seqlens, span):
         starts[:, slot] = h[n]
-        span = [z[:, tokens].to(state.dtype) for z in (u, dt, B, C)]
-        _, states = _states(*span[:2], A, span[2], h[n])
+        u_n, dt_n, B_n, C_n = (z[:, tokens].to(state.dtype) for z in (u, dt, B, C))
+        _, states = _states(u_n, dt_n, A, B_n, h[n])
         h[n] = states[:, -1]
-        y[:, tokens] = _read(states, span[3])
+        y[:, tokens] = _read(states, C_n)
     return y, h, starts
 
 
@@ -177,33 +179,36 @@ def _states(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, start: Tensor) -> Pair:
 
 def _forward_cuda(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
-    cu_seqlens: Tensor | None,
+    cu_seqlens: Tensor | None, span: int,
 ) -> Triple:  # fmt: skip
     from flacompile.ops.kernels import selective_scan as kernels
 
-    starts = _new_starts(u, state, cu_seqlens)
-    y, final = kernels.selective_scan_forward(u, dt, A, B, C, state, cu_seqlens, starts, SPAN)
+    starts = _new_starts(u, state, cu_seqlens, span)
+    y, final = kernels.selective_scan_forward(u, dt, A, B, C, state, cu_seqlens, starts, span)
     return y, final, starts
 
 
 def _forward_fake(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor,
-    cu_seqlens: Tensor | None,
+    cu_seqlens: Tensor | None, span: int,
 ) -> Triple:  # fmt: skip
-    return u.new_empty(u.shape), state.new_empty(state.shape), _new_starts(u, state, cu_seqlens)
+    return (
+        u.new_empty(u.shape),
+        state.new_empty(state.shape),
+        _new_starts(u, state, cu_seqlens, span),
+    )
 
 
 @torch.autocast("cpu", enabled=False)
 def selective_scan_backward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None,
-    starts: Tensor, dy: Tensor, dfinal: Tensor,
+    starts: Tensor, dy: Tensor, dfinal: Tensor, span: int,
 ) -> Gradients:  # fmt: skip
     """Gradients of every input, on a CPU: spans from the last to the first, each made again."""
     du, ddt, dB, dC = (torch.empty_like(x, dtype=A.dtype) for x in (u, dt, B, C))
     dA, dh, groups = torch.zeros_like(A), dfinal.clone(), B.shape[2]
-    for n, slot, tokens in reversed(_spans(u.shape[1], cu_seqlens)):
-        span = [z[:, tokens].to(A.dtype) for z in (u, dt, B, C, dy)]
-        u_n, dt_n, B_n, C_n, dy_n = span
+    for n, slot, tokens in reversed(_spans(u.shape[1], cu_seqlens, span)):
+        u_n, dt_n, B_n, C_n, dy_n = (z[:, tokens].to(A.dtype) for z in (u, dt, B, C, dy))
         a, h = _states(u_n, dt_n, A, B_n, starts[:, slot])
         dx = _outer(dy_n, C_n)
         dx[:, -1] += dh[n]
@@ -223,16 +228,16 @@ def selective_scan_backward(
 
 def _backward_cuda(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None,
-    starts: Tensor, dy: Tensor, dfinal: Tensor,
+    starts: Tensor, dy: Tensor, dfinal: Tensor, span: int,
 ) -> Gradients:  # fmt: skip
     from flacompile.ops.kernels import selective_scan as kernels
 
-    return kernels.selective_scan_backward(u, dt, A, B, C, cu_seqlens, starts, dy, dfinal, SPAN)
+    return kernels.selective_scan_backward(u, dt, A, B, C, cu_seqlens, starts, dy, dfinal, span)
 
 
 def _backward_fake(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None,
-    starts: Tensor, dy: Tensor, dfinal: Tensor,
+    starts: Tensor, dy: Tensor, dfinal: Tensor, span: int,
 ) -> Gradients:  # fmt: skip
     new = [x.new_empty(x.shape) for x in (u, dt, A, B, C, dfinal)]
     return new[0], new[1], new[2], new[3], new[4], new[5]
@@ -243,14 +248,14 @@ _backward, _ = define(selective_scan_backward, _backward_cuda, _backward_fake)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
-    u, dt, A, B, C, _, cu_seqlens = inputs
+    u, dt, A, B, C, _, cu_seqlens, ctx.span = inputs
     ctx.save_for_backward(u, dt, A, B, C, cu_seqlens, output[2])
 
 
 def _backward_of_op(
     ctx: Any, dy: Tensor, dfinal: Tensor, dstarts: Tensor
 ) -> tuple[Tensor | None, ...]:
-    return *_backward(*ctx.saved_tensors, dy, dfinal), None
+    return *_backward(*ctx.saved_tensors, dy, dfinal, ctx.span), None, None
 
 
 def _flops(u: Any, dt: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

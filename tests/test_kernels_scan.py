@@ -35,7 +35,7 @@ def run(name, args, cu_seqlens=None):
         inputs, saved = [inputs[0], state], [outputs[0]]
         backward, options = scan_kernels.scan_backward, ()
     else:
-        starts = _new_starts(inputs[0], state, cu_seqlens)
+        starts = _new_starts(inputs[0], state, cu_seqlens, SPAN)
         outputs = selective_kernels.selective_scan_forward(*inputs, state, cu_seqlens, starts, SPAN)
         backward, saved, options = selective_kernels.selective_scan_backward, [starts], (SPAN,)
     given = leaves(outputs)
