@@ -1,4 +1,4 @@
-"""The CPU form of the dplr sweep: chunks of 64 tokens, one dense transition each.
+"""The CPU form of the dplr sweep: chunks of 32 tokens, one dense transition each.
 
     u_t = S_{t-1}^T a_t + c_t        o_t = S_{t-1}^T q_t
     S_t = diag(e^g_t) S_{t-1} + b_t u_t^T + k_t v_t^T
@@ -18,15 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flacompile.ops.chunked import CHUNK, after
-from flacompile.ops.prefix import segment_sums
+from flacompile.ops.chunked import after
+from flacompile.ops.prefix import FANOUT, segment_sums
+
+CHUNK = 32
+DOUBLINGS = 10  # over the folds of ``folds``
+LONGEST = CHUNK * FANOUT << DOUBLINGS  # tokens that they hold
 
 Across = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def chunked_sweep(
     a: Tensor, b: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor | None, c: Tensor | None,
-    g: Tensor | None, state: Tensor, *, across: Across, chunk: int = CHUNK,
+    g: Tensor | None, state: Tensor, *, across: Across, num_chunks: int, chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """One sweep over time in the dtype of the state, linear in T.
 
@@ -38,25 +42,18 @@ def chunked_sweep(
         g: log decay, [B, T, H], [B, T, H, K] or None.
         state: [B, H, K, V].
         across: states before each chunk, and after the last one, from M, N and the first state.
+        num_chunks: enough for T; what they hold beyond it is inert.
         chunk: tokens a chunk, a power of two.
 
     Returns:
         u and o [B, T, H, V], and the final state.
     """
     time = a.shape[1]
-    num_chunks = (time + chunk - 1) // chunk
-
-    def split(x: Tensor) -> Tensor:  # [B, T, H, X] -> [B, H, n, C, X]
-        x = F.pad(x.to(state.dtype), (0, 0, 0, 0, 0, num_chunks * chunk - time))
-        return x.unflatten(1, (num_chunks, chunk)).permute(0, 3, 1, 2, 4)
-
-    def join(x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1, 4)
-        return x.reshape(x.shape[0], num_chunks * chunk, *x.shape[3:])[:, :time]
-
-    a, b = split(a), split(b)
-    q, k, v, c = (x if x is None else split(x) for x in (q, k, v, c))
-    g = a.new_zeros(*a.shape[:-1], 1) if g is None else split(g if g.ndim == 4 else g[..., None])
+    a, b, q, k, v, c = (
+        x if x is None else split_chunks(x.to(state.dtype), num_chunks, chunk)
+        for x in (a, b, q, k, v, c)
+    )
+    g = split_decay(g, a)
     rows, columns = [x for x in (a, q) if x is not None], [x for x in (b, k) if x is not None]
     weights = between(torch.stack(rows, -2), torch.stack(columns, -2), g)  # [.., C, R, C, W]
     from_start, to_end = before(g).exp(), after(g).exp()
@@ -75,9 +72,29 @@ def chunked_sweep(
     starts, final = across(M, N, state)
     U = U + W @ starts
     if q is None:
-        return join(U), None, final
+        return join_chunks(U, time), None, final
     o = (q * from_start) @ starts + weights[..., 1, :, 0] @ U
-    return join(U), join(o if v is None else o + weights[..., 1, :, 1] @ v), final
+    o = o if v is None else o + weights[..., 1, :, 1] @ v
+    return join_chunks(U, time), join_chunks(o, time), final
+
+
+def split_chunks(x: Tensor, num_chunks: int, chunk: int) -> Tensor:
+    """[B, T, H, *] -> [B, H, n, C, *], with zeros after the last token."""
+    x = F.pad(x, (*[0] * (2 * x.ndim - 3), num_chunks * chunk - x.shape[1]))
+    return x.unflatten(1, (num_chunks, chunk)).movedim(3, 1)
+
+
+def join_chunks(x: Tensor, time: int) -> Tensor:
+    """[B, H, n, C, *] -> [B, T, H, *]."""
+    x = x.movedim(1, 3)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])[:, :time]
+
+
+def split_decay(g: Tensor | None, like: Tensor) -> Tensor:
+    """g [B, T, H, *] in chunks, with one channel where it has none, as ``like`` [B, H, n, C, X]."""
+    if g is None:
+        return like.new_zeros(*like.shape[:-1], 1)
+    return split_chunks(g if g.ndim == 4 else g[..., None], *like.shape[2:4])
 
 
 def before(g: Tensor) -> Tensor:
@@ -135,3 +152,36 @@ def loop(M: Tensor, N: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         states.append(m @ states[-1] + n)
     stacked = torch.stack(states, 2)
     return stacked[:, :, :-1], stacked[:, :, -1]
+
+
+def folds(M: Tensor, N: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``loop`` in a fixed number of operations, for up to FANOUT 2^DOUBLINGS chunks.
+
+    FANOUT chunks become one transition; the prefixes of those, and then the ones inside each, come
+    by doubling.
+    """
+    n, key_dim = M.shape[2:4]
+    count = n // FANOUT + 3  # with or without the last never one: a compiler would count on it
+    short = count * FANOUT - n
+    one = torch.eye(key_dim, dtype=M.dtype, device=M.device)
+    is_padding = torch.arange(count * FANOUT, device=M.device) >= n
+    M = F.pad(M, (0, 0, 0, 0, 0, short)) + one * is_padding[:, None, None]
+    N = F.pad(N, (0, 0, 0, 0, 0, short))
+    M, N = (x.unflatten(2, (count, FANOUT)) for x in (M, N))
+    M, N = _compose(M, N, FANOUT.bit_length() - 1)
+    to_end, added = _compose(M[:, :, :, -1], N[:, :, :, -1], DOUBLINGS)
+    ends = to_end @ state[:, :, None] + added  # [B, H, count, K, V]
+    starts = torch.cat([state[:, :, None], ends[:, :, :-1]], 2)[:, :, :, None]
+    states = torch.cat([starts, (M @ starts + N)[:, :, :, :-1]], 3)
+    return states.flatten(2, 3)[:, :, :n], ends[:, :, -1]
+
+
+def _compose(M: Tensor, N: Tensor, doublings: int) -> tuple[Tensor, Tensor]:
+    """The transition from the first entry's start to each entry's end: prefixes along dim -3."""
+    index = torch.arange(M.shape[-3], device=M.device)
+    for span in (1 << i for i in range(doublings)):
+        before = (index - span).clamp(min=0)
+        has_before = (index >= span)[:, None, None]
+        N = torch.where(has_before, M @ N.index_select(-3, before) + N, N)
+        M = torch.where(has_before, M @ M.index_select(-3, before), M)
+    return M, N

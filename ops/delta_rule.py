@@ -1,6 +1,6 @@
 """The gated delta rule.
 
-    S_t = diag(e^g_t) S_{t-1} + beta_t k_t (v_t - (diag(e^g_t) S_{t-1})^T k_t)^T    o_t = scale q_t S_t
+    S_t = (1 - beta_t k_t k_t^T) diag(e^g_t) S_{t-1} + beta_t k_t v_t^T        o_t = scale q_t S_t
 
 The primitive behind DeltaNet (Yang et al. 2024), Gated DeltaNet, DeltaProduct and KDA. It is the
 op of ``dplr`` with a single write: u_t = beta_t v_t + S_{t-1}^T a_t with a_t = -beta_t e^g_t k_t.

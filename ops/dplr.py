@@ -10,6 +10,7 @@ and k v^T; the op has the delta rule's single one as well: without b, u_t = v_t 
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,12 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flacompile.ops.chunked import CHUNK
-from flacompile.ops.chunked_dplr import chunked_sweep, loop
+from flacompile.ops.chunked_dplr import CHUNK, LONGEST, chunked_sweep, folds, loop
+from flacompile.ops.chunked_reads import chunked_reads
 from flacompile.ops.define import define
 from flacompile.ops.dplr_gradients import forward, gradients
-from flacompile.ops.linear_attn import _run_cpu as read_cpu
-from flacompile.ops.linear_attn import _run_cuda as read_cuda
 from flacompile.ops.validate import check_dplr
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -122,33 +121,66 @@ def decomposed(
     cu_seqlens: Tensor | None, scale: float,
 ) -> Triple:  # fmt: skip
     """The op as a fixed number of aten operations, for exporters; not for packed sequences."""
-    raise NotImplementedError
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens: expected None in an exported graph, got packed sequences")
+    torch._check(q.shape[1] <= LONGEST, lambda: f"T: expected at most {LONGEST} in an export")
+
+    def sweep(*args: Any) -> Any:
+        *tensors, state, _, _ = args
+        num_chunks = q.shape[1] // CHUNK + 2  # never one: a compiler would count on it
+        return chunked_sweep(*tensors, state, across=folds, num_chunks=num_chunks)
+
+    o, final, u = forward(sweep, q, k, v, g, a, b, state, None, scale)
+    # A strided output would reach a package's next call, which reads it as if it were contiguous.
+    o, final, u = (
+        x.clone(memory_format=torch.contiguous_format) for x in (o.to(q.dtype), final, u)
+    )
+    return o, final, u
+
+
+def _each_sequence(
+    run: Callable[..., list[Tensor | None]], tensors: list[Tensor | None], state: Tensor,
+    cu_seqlens: Tensor | None, reverse: bool,
+) -> list[Any]:  # fmt: skip
+    """``run(*tensors, state)``, which gives outputs over time and a state, of every sequence."""
+    bounds = [0, tensors[0].shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    states = [state] if cu_seqlens is None else state.split(1)
+    results = []
+    for (first, last), start in zip(pairwise(bounds), states, strict=True):
+        span = [x if x is None else x[:, first:last] for x in tensors]
+        *outputs, final = run(*[x if x is None or not reverse else x.flip(1) for x in span], start)
+        results.append([x if x is None or not reverse else x.flip(1) for x in outputs] + [final])
+    *outputs, finals = zip(*results, strict=True)
+    return [x[0] if x[0] is None else torch.cat(x, 1) for x in outputs] + [torch.cat(finals)]
+
+
+def _chunk(time: int) -> int:
+    return min(CHUNK, 1 << max(time - 1, 0).bit_length())
 
 
 def _sweep_cpu(
     a: Tensor, b: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor | None, c: Tensor | None,
     g: Tensor | None, state: Tensor, cu_seqlens: Tensor | None, reverse: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """``chunked_sweep`` of every sequence, in the direction asked for."""
-    bounds = [0, a.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-    states = [state] if cu_seqlens is None else state.split(1)
-    results = []
-    for (first, last), start in zip(pairwise(bounds), states, strict=True):
-        span = [x if x is None else x[:, first:last] for x in (a, b, q, k, v, c, g)]
-        if reverse:
-            span = [x if x is None else x.flip(1) for x in span]
-        chunk = min(CHUNK, 1 << max(last - first - 1, 0).bit_length())
-        u, o, final = chunked_sweep(*span, start, across=loop, chunk=chunk)
-        results.append([x if x is None or not reverse else x.flip(1) for x in (u, o)] + [final])
-    u, o, final = zip(*results, strict=True)
-    return torch.cat(u, 1), None if q is None else torch.cat(o, 1), torch.cat(final)
+) -> list[Any]:  # fmt: skip
+    def run(*args: Any) -> Any:
+        time, chunk = args[0].shape[1], _chunk(args[0].shape[1])
+        return chunked_sweep(*args, across=loop, num_chunks=-(-time // chunk), chunk=chunk)
+
+    return _each_sequence(run, [a, b, q, k, v, c, g], state, cu_seqlens, reverse)
 
 
-def _sweep_cuda(
-    a: Tensor, b: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor | None, c: Tensor | None,
-    g: Tensor | None, state: Tensor, cu_seqlens: Tensor | None, reverse: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    raise NotImplementedError
+def _read_cpu(
+    queries: list[Tensor], writes: list[tuple[Tensor, Tensor]], g: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, reverse: bool,
+) -> list[Tensor]:  # fmt: skip
+    def run(x: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> Any:
+        if reverse and g is not None:
+            g = torch.cat([torch.zeros_like(g[:, :1]), g[:, :-1]], 1)
+        return chunked_reads(x, k, v, g, state, _chunk(x.shape[1]))
+
+    k, v = (torch.stack([x.to(state.dtype) for x in side], 3) for side in zip(*writes, strict=True))
+    o, _ = _each_sequence(run, [torch.stack(queries, 3), k, v, g], state, cu_seqlens, reverse)
+    return [x.clone(memory_format=torch.contiguous_format) for x in o.unbind(3)]
 
 
 @torch.autocast("cpu", enabled=False)  # sums are fp32, whatever the caller's context
@@ -167,7 +199,10 @@ def _forward_cuda(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
     cu_seqlens: Tensor | None, scale: float,
 ) -> Triple:  # fmt: skip
-    o, final, u = forward(_sweep_cuda, q, k, v, g, a, b, state, cu_seqlens, scale)
+    from flacompile.ops.kernels import dplr as kernels
+
+    sweep = partial(kernels.dplr_sweep, exact=q.dtype == torch.float32)
+    o, final, u = forward(sweep, q, k, v, g, a, b, state, cu_seqlens, scale)
     return o.to(q.dtype), final, u
 
 
@@ -185,7 +220,7 @@ def dplr_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of every input of the op, on a CPU."""
     inputs = (q, k, v, g, a, b, state, cu_seqlens, scale, u, final, do, dfinal)
-    return gradients(_sweep_cpu, read_cpu, *inputs)
+    return gradients(_sweep_cpu, _read_cpu, *inputs)
 
 
 def _backward_cuda(
@@ -193,7 +228,11 @@ def _backward_cuda(
     cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = (q, k, v, g, a, b, state, cu_seqlens, scale, u, final, do, dfinal)
-    return gradients(_sweep_cuda, read_cuda, *inputs)
+    from flacompile.ops.kernels import dplr as kernels
+
+    options = {"exact": q.dtype == torch.float32}
+    sweep, read = (partial(f, **options) for f in (kernels.dplr_sweep, kernels.dplr_reads))
+    return gradients(sweep, read, *inputs)
 
 
 def _backward_fake(

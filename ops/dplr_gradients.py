@@ -22,7 +22,6 @@ and dg_{T+1} = sum_v S_T dS_T. Without b there is one write: c = v, b = k, and n
 """
 
 from collections.abc import Callable
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ from torch import Tensor
 from flacompile.ops.closed_backward import decay_gradient
 
 Sweep = Callable[..., tuple[Tensor, Tensor | None, Tensor]]
-Read = Callable[..., tuple[Tensor, Tensor]]
+Read = Callable[..., list[Tensor]]
 
 
 def forward(
@@ -57,7 +56,9 @@ def gradients(
 
     Args:
         sweep: ``sweep(a, b, q, k, v, c, g, state, cu_seqlens, reverse)``.
-        read: ``linear_attn``, as ``closed_backward.gradients`` takes it.
+        read: ``read(queries, writes, g, state, cu_seqlens, reverse)``, S_t x_t [B, T, H, K] of
+            each query x [B, T, H, V], S the decayed sum of k v^T over the writes (k, v); reverse as
+            in ``linear_attn``: position t takes the decay of t + 1.
         u, final: what the forward returned.
         do, dfinal: gradients of o and of the final state.
     """
@@ -73,8 +74,8 @@ def gradients(
     into_s = [(k, u)] if b is None else [(k, v), (b, u)]
     into_d = [(q, do), (next_a, next_w)]
     values = [value for _, value in into_s]
-    dq, next_da = _reads(read, [do, next_w], into_s, g, state, cu_seqlens, False)
-    dk, *rest = _reads(read, values, into_d, g, dfinal, cu_seqlens, True)
+    dq, next_da = read([do, next_w], into_s, g, state, cu_seqlens, False)
+    dk, *rest = read(values, into_d, g, dfinal, cu_seqlens, True)
     da = _previous(next_da, _at_first(w, state, cu_seqlens), cu_seqlens)
     dg, db = u.new_empty(0), u.new_empty(0)  # an op's outputs must not be one tensor
     change = q * dq + next_a * next_da - k * dk
@@ -94,25 +95,6 @@ def _decayed(q: Tensor, g: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _dot(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
     return (x.to(like.dtype) * y.to(like.dtype)).sum(-1, keepdim=True)
-
-
-def _reads(
-    read: Read, queries: list[Tensor], writes: list[tuple[Tensor, Tensor]], g: Tensor | None,
-    state: Tensor, cu_seqlens: Tensor | None, reverse: bool,
-) -> list[Tensor]:  # fmt: skip
-    """S_t x_t [B, T, H, K] of each query x [B, T, H, V], S the sum of the writes (y, z): y z^T.
-
-    A state is linear in what is written, so every pair of query and write is a head of its own.
-    """
-    pairs = list(product(queries, writes))
-    x, values, keys = (
-        torch.cat(parts, 2)
-        for parts in zip(*((query, value, key) for query, (key, value) in pairs), strict=True)
-    )
-    starts = [state.mT, *[torch.zeros_like(state.mT)] * (len(writes) - 1)] * len(queries)
-    g = g if g is None else torch.cat([g] * len(pairs), 2)
-    o, _ = read(x, values, keys, None, g, torch.cat(starts, 1), cu_seqlens, 1.0, reverse)
-    return [x.sum(2) for x in o.unflatten(2, (len(queries), len(writes), -1)).unbind(2)]
 
 
 def _is_first(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

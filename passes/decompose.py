@@ -9,6 +9,7 @@ import torch
 from torch.export import ExportedProgram
 
 from flacompile.ops.conv import decomposed as conv
+from flacompile.ops.dplr import decomposed as dplr
 from flacompile.ops.linear_attn import decomposed as linear_attn
 from flacompile.ops.scan import decomposed as scan
 from flacompile.ops.selective_scan import decomposed as selective_scan
@@ -18,6 +19,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     """op overload -> the same function in a fixed number of aten operations, any T."""
     return {
         torch.ops.flacompile.conv_forward.default: conv,
+        torch.ops.flacompile.dplr_forward.default: dplr,
         torch.ops.flacompile.linear_attn_forward.default: linear_attn,
         torch.ops.flacompile.scan_forward.default: scan,
         torch.ops.flacompile.selective_scan_forward.default: selective_scan,

@@ -67,6 +67,20 @@ def _decay_row(scalar, diagonal, row, inside, col, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _decay_sums(g, row, inside):
+    """Running sums of the log decays of a chunk, each row's own, and the sums of all: hi and lo.
+
+    g = hi + lo with hi a multiple of 2^-10: sums of up to 128 hi are exact, so a difference of sums
+    is as good as the sum between. e^-128 is 0 in fp32 already.
+    """
+    g_c = tl.load(g + row, mask=inside, other=0.0)
+    g_c = tl.where(g_c < -128.0, -128.0, g_c)
+    hi = tl.floor(g_c * 1024.0) * (1.0 / 1024.0)
+    lo = g_c - hi
+    return tl.cumsum(hi, 0), tl.cumsum(lo, 0), hi, lo, tl.sum(hi, 0), tl.sum(lo, 0)
+
+
+@triton.jit
 def _load_state(state, sequence_head, kk, vv, K: tl.constexpr, V: tl.constexpr):
     offsets = sequence_head * K * V + kk[:, None] * V + vv[None, :]
     mask = (kk < K)[:, None] & (vv < V)[None, :]
@@ -109,16 +123,9 @@ def _scalar_kernel(
         A = tl.where(i[:, None] >= i[None, :], A, 0.0)
         o_c = tl.dot(q_c, S, input_precision=PRECISION)
 
-        # 4. Decay. g = hi + lo with hi a multiple of 2^-10: sums of up to 128 hi are exact, so
-        #    a difference of sums is as good as the sum between. e^-128 is 0 in fp32 already.
+        # 4. Decay.
         if g is not None:
-            g_c = tl.load(g + g_row, mask=g_inside, other=0.0)
-            g_c = tl.where(g_c < -128.0, -128.0, g_c)
-            hi = tl.floor(g_c * 1024.0) * (1.0 / 1024.0)
-            lo = tl.cumsum(g_c - hi, 0)
-            hi_end = tl.sum(hi, 0)
-            lo_end = tl.sum(g_c - hi, 0)
-            hi = tl.cumsum(hi, 0)
+            hi, lo, _, _, hi_end, lo_end = _decay_sums(g, g_row, g_inside)
             between = (hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :])
             A *= tl.exp(tl.where(i[:, None] >= i[None, :], between, 0.0))
             o_c *= tl.exp(hi + lo)[:, None]
@@ -255,6 +262,7 @@ def linear_attn_forward(
     reverse: bool,
     *,
     out_dtype: torch.dtype | None = None,
+    exact: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel the decays call for.
 
@@ -268,6 +276,7 @@ def linear_attn_forward(
         scale: factor of the output.
         reverse: run time backwards inside each sequence, position t with the decay of t + 1.
         out_dtype: dtype of o; default v's.
+        exact: dots in fp32 rather than tf32; default where an input is fp32.
 
     Returns:
         o [B, T, H, V] and the state after the last row taken [N, H, K, V] fp32.
@@ -284,7 +293,7 @@ def linear_attn_forward(
     final_state = torch.empty(N, H, K, V, dtype=torch.float32, device=v.device)
 
     diagonal = gk is not None or gv is not None
-    exact = torch.float32 in (q.dtype, k.dtype, v.dtype)
+    exact = torch.float32 in (q.dtype, k.dtype, v.dtype) if exact is None else exact
     meta = tiles(K, V, diagonal, exact)
     grid = (N * H * triton.cdiv(V, meta["BV"]),)
     decays = (g, gk, gv) if diagonal else (g,)
