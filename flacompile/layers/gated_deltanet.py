@@ -163,7 +163,7 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
         """
         super().load_attention(weights)
         self.v_proj.weight.unflatten(0, (self.steps, -1))[:-1].zero_()
-        beta = torch.tensor([0.05] * (self.steps - 1) + [0.5])
+        beta = torch.tensor([0.05] * (self.steps - 1) + [0.5], dtype=torch.float64)
         beta = beta / 2 if self.config.allow_neg_eigval else beta
         self.b_proj.weight.zero_()
         self.b_proj.bias.copy_(beta.logit().repeat_interleave(self.heads))
