@@ -23,7 +23,7 @@ from flacompile.ops.validate import check_shape, expect
 
 LOWEST = -(2.0**100)  # the maximum of no tokens: finite, so that differences are
 
-State = tuple[Tensor, Tensor]
+State = tuple[Tensor, ...]
 Weights = tuple[Tensor, Tensor, Tensor, State]
 
 
@@ -55,14 +55,14 @@ class RunningSoftmax(nn.Module):
             zero, and the next state.
         """
         x = at_least_fp32(x)
-        if state is None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            state = (x.new_zeros(sequences, *x.shape[2:]),) * 2
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        empty = x.new_zeros(sequences, *x.shape[2:])
+        start, start_h = _start((empty, empty) if state is None else state)
         rate = self._rate(x)
-        before, m, last = _maxima(x.detach(), rate.detach().double(), _maximum(state), cu_seqlens)
+        before, m, last = _maxima(x.detach(), rate.detach().double(), start, cu_seqlens)
         weight, g = _relative(x, rate, before, m)
         h, last_h = scan(
-            g.flatten(2), weight.flatten(2), state=state[1].flatten(1), cu_seqlens=cu_seqlens
+            g.flatten(2), weight.flatten(2), state=start_h.flatten(1), cu_seqlens=cu_seqlens
         )
         h, last_h = h.view_as(x), last_h.view_as(last)
         return weight, g, torch.where(h > 0, h, 1.0), (last.to(x.dtype), last_h)
@@ -70,10 +70,10 @@ class RunningSoftmax(nn.Module):
     def step(self, x: Tensor, state: State) -> Weights:
         """``forward`` for one token, x [B, H, M]."""
         x = at_least_fp32(x)
-        rate, before = self._rate(x), _maximum(state)
+        rate, (before, start_h) = self._rate(x), _start(state)
         m = torch.maximum(before - rate, x).detach()
         weight, g = _relative(x, rate, before, m)
-        _, h = scan_step(g.flatten(1), weight.flatten(1), state=state[1].flatten(1))
+        _, h = scan_step(g.flatten(1), weight.flatten(1), state=start_h.flatten(1))
         h = h.view_as(x)
         return weight, g, h, (m, h)
 
@@ -99,9 +99,10 @@ def without_padding(x: Tensor, tokens: Tokens) -> Tensor:
     return torch.where(tokens.zero_padding(torch.ones_like(x)) > 0, x, -torch.inf)
 
 
-def _maximum(state: State) -> Tensor:
+def _start(state: State) -> State:
+    """m and h to go on from, m LOWEST where no token was seen."""
     m, h = state
-    return torch.where(h > 0, m, LOWEST).detach()
+    return torch.where(h > 0, m, LOWEST).detach(), h
 
 
 def _relative(x: Tensor, rate: Tensor, before: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:

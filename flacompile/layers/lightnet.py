@@ -37,7 +37,7 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
         recency: whether each channel of k forgets old tokens, at a learned rate.
         """
 
-        num_heads: int | None = None  # type: ignore[assignment]
+        num_heads: int | None = None
         expand_ratio: int | None = 128
         use_short_conv: bool = False
         conv_size: int = 4
@@ -54,17 +54,13 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
 
     def __init__(self, config: Config) -> None:
         width, heads, key_dim = config.hidden_size, config.num_heads, config.expand_ratio
-        expect(heads is not None or key_dim is not None, "num_heads", "a number", None)
-        heads = width // key_dim if heads is None else heads  # type: ignore[operator]
-        config = dataclasses.replace(config, num_heads=heads)
+        if heads is None:
+            expect(key_dim is not None, "num_heads", "a number where expand_ratio is None", None)
+            heads = width // (key_dim or width)
+            config = dataclasses.replace(config, num_heads=heads)
         value_dim = config.head_dim or width // heads
-        super().__init__(
-            config,
-            config.head_dim or key_dim or value_dim,
-            value_dim,
-            config.rotary,
-            config.qk_norm,
-        )
+        key_dim = config.head_dim or key_dim or value_dim
+        super().__init__(config, key_dim, value_dim, config.rotary, config.qk_norm)
         if config.use_short_conv:
             self.add_convolutions(config.conv_size, config.conv_bias, activation=None)
         self.num_slots = self.key_dim * (1 + config.mirrored)
@@ -78,7 +74,7 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
         """S, and the maximum and the sum of each channel's weights."""
-        heads, slots = self.config.num_heads, self.num_slots
+        heads, slots = self.output_heads, self.num_slots
         return (heads, slots, self.value_dim), (heads, slots), (heads, slots)
 
     def project(
@@ -89,7 +85,7 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
             q, k = torch.cat((q, -q), -1).softmax(-1), torch.cat((k, -k), -1)
         else:
             q = F.silu(q)
-        k, v = (repeat_heads(i, self.config.num_heads) for i in (without_padding(k, tokens), v))
+        k, v = (repeat_heads(i, self.output_heads) for i in (without_padding(k, tokens), v))
         return (q, k, v), conv
 
     def mix(
@@ -129,11 +125,13 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
     def load_attention(self, weights: AttentionWeights) -> None:
         """As the base class; half-lives to 64 tokens."""
         super().load_attention(weights)
-        self.set_half_life(torch.full((self.config.num_heads,), 64.0))
+        self.set_half_life(torch.full((self.output_heads,), 64.0))
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
         """o is a mean of v under weights of sum one, to which no gate or norm is applied."""
-        fields = cls.site_fields(site) | {"scale": 1.0}
-        conversion = {"mirrored": True, "recency": True}
-        return cls.Config(**fields, use_output_gate=False, output_norm=False, **conversion)
+        fields = cls.site_fields(site)
+        fields["scale"] = 1.0
+        return cls.Config(
+            **fields, mirrored=True, recency=True, use_output_gate=False, output_norm=False
+        )
