@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from flacompile.passes.sites import AttentionWeights
 
 FASTEST = math.exp(-0.5)  # the largest -w
-REPLACED = 0.01  # a at the start of a conversion
+REPLACED = 0.1  # a at the start of a conversion
 
 
 class RWKV7Attention(RWKVAttention):
@@ -220,7 +220,7 @@ class RWKV7Attention(RWKVAttention):
 
     @torch.no_grad()
     def load_attention(self, weights: AttentionWeights) -> None:
-        """As the base class; next to nothing is removed, and no token looks at the one before."""
+        """As the base class; a key replaces little, and no token looks at the one before it."""
         super().load_attention(weights)
         self.a_lora.start_at(torch.logit(torch.tensor(REPLACED)))
         self.k_k.fill_(1)
