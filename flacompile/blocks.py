@@ -299,6 +299,14 @@ class ShortConvolution(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
+    @torch.no_grad()
+    def start_as_identity(self) -> None:
+        """Weighs the current token by one and those before it by zero: y = act(x)."""
+        self.weight.zero_()
+        self.weight[..., -1] = 1
+        if self.bias is not None:
+            self.bias.zero_()
+
     def forward(self, x: Tensor, past: Tensor | None, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Convolves and returns the inputs that the next call needs.
 

@@ -4,7 +4,8 @@ h_t = f_t ⊙ h_{t-1} + (1 - f_t) ⊙ silu(W_i x_t)        f_t = lb + (1 - lb) �
 y_t = W_o [RMSNorm(h_t) ⊙ swish(W_g x_t)]
 
 The state is a vector: a conversion has a place for values, i, and none for queries and keys. It
-keeps several averages of every value, of half-lives a factor apart, and a gate of x among them.
+keeps two averages of every value, of half-lives a factor apart, behind short convolutions that
+pass the current token at first, and a gate of x among them.
 """
 
 from __future__ import annotations
@@ -222,14 +223,24 @@ class HGRNAttention(ForgetMixer):
         o_bias = 0.0 if weights.o_bias is None else weights.o_bias
         _set(self.o_proj, o.expand(-1, -1, copies, -1).flatten(1) / copies, o_bias)
         _set(self.g_proj, 0.0, OPEN)
+        for module in self.children():
+            if isinstance(module, ShortConvolution):
+                module.start_as_identity()
         self.set_half_life(torch.logspace(3, 7, heads, base=2))
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
-        """Averages of v at several timescales, and no norm."""
+        """Averages of v at two timescales behind convolutions, and no norm."""
         fields = QKVMixer.site_fields(site)
         kept = {name: fields[name] for name in ("hidden_size", "num_heads", "head_dim", "o_bias")}
-        return cls.Config(**kept, timescales=4, bias=True, activation="identity", output_norm=False)
+        return cls.Config(
+            **kept,
+            use_short_conv=True,
+            timescales=2,
+            bias=True,
+            activation="identity",
+            output_norm=False,
+        )
 
 
 def _set(layer: nn.Linear, weight: Tensor | float, bias: Tensor | float) -> None:
