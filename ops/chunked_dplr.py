@@ -22,7 +22,7 @@ from flacompile.ops.chunked import after
 from flacompile.ops.prefix import FANOUT, segment_sums
 
 CHUNK = 32
-DOUBLINGS = 10  # over the folds of ``folds``
+DOUBLINGS = 8  # over the folds of ``folds``
 LONGEST = CHUNK * FANOUT << DOUBLINGS  # tokens that they hold
 
 Across = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

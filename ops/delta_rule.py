@@ -26,7 +26,7 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """o_t = scale q_t S_t, S_t the decayed state corrected at k_t towards v_t by beta_t.
 
-    Under autocast q, k and v are taken in the autocast dtype; sums are fp32 always.
+    Under autocast all but g and the state are taken in the autocast dtype; sums are fp32 always.
 
     Args:
         q, k: [B, T, H, K], one floating dtype for q, k and v. The state stays bounded where
@@ -49,7 +49,7 @@ def delta_rule(
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        q, k, v, beta = (x.to(dtype) for x in (q, k, v, beta))
     check_delta_rule(q, k, v, g, beta, state, cu_seqlens)
     accumulator = torch.promote_types(q.dtype, torch.float32)
     beta = beta.to(accumulator)[..., None]

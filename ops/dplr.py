@@ -41,7 +41,7 @@ def dplr(
 ) -> tuple[Tensor, Tensor]:
     """o_t = scale q_t S_t with S_t = (diag(e^g_t) + b_t a_t^T) S_{t-1} + k_t v_t^T.
 
-    Under autocast q, k and v are taken in the autocast dtype; sums are fp32 always.
+    Under autocast all but g and the state are taken in the autocast dtype; sums are fp32 always.
 
     Args:
         q, k: [B, T, H, K], one floating dtype for q, k and v.
@@ -63,7 +63,7 @@ def dplr(
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        q, k, v, a, b = (x.to(dtype) for x in (q, k, v, a, b))
     check_dplr(q, k, v, g, {"a": a, "b": b}, state, cu_seqlens)
     return run(q, k, v, g, a, b, scale, state, cu_seqlens)
 

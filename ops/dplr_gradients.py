@@ -114,7 +114,7 @@ def _next(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def _previous(x: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """x_{t-1} of the same sequence, ``first`` [N, H, X] at its start: [B, T, H, X]."""
     if cu_seqlens is None:
-        return torch.cat([first[:, None], x], 1)[:, : x.shape[1]]
+        return torch.cat([first[:, None][:, : x.shape[1]], x[:, :-1]], 1)
     sequence, is_first = _is_first(x, cu_seqlens)
     return torch.where(is_first[:, None, None], first[sequence], x.roll(1, 1))
 

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flacompile.ops.kernels import conv, linear_attn, scan, selective_scan
+from flacompile.ops.kernels import conv, dplr, linear_attn, scan, selective_scan
 from flacompile.ops.selective_scan import SPAN
 
 DECAYS = ("none", "g", "gk", "gv", "g gk", "g gv", "gk gv")
@@ -98,7 +98,34 @@ def selective_scan_variants():
             yield Variant(name, getattr(selective_scan, f"_{kernel}_kernel"), types, constants)
 
 
-VARIANTS = (linear_attn_variants, conv_variants, scan_variants, selective_scan_variants)
+def dplr_variants():
+    """A sweep forward, and one back in time over a pack, with one write or two, for each decay."""
+    for (K, V), decay, dtype in product(SHAPES, ("none", "g", "gk"), DTYPES):
+        for writes, reverse in product((1, 2), (False, True)):
+            types = {"a": "*fp32", "b": f"*{dtype}"} | {decay: "*fp32"} | {"T": "i32", "H": "i32"}
+            types |= dict.fromkeys(("state", "u", "final_state"), "*fp32")
+            if writes == 2 or not reverse:  # one write back in time is dv, which is u
+                types |= {"q": "*fp32", "o": "*fp32"}
+            if writes == 1 or reverse:
+                types |= {"c": "*fp32"}
+            if writes == 2 or reverse:
+                types |= {"k": f"*{dtype}", "v": f"*{dtype}"}
+            if reverse:
+                types |= {"cu_seqlens": "*i64"}
+            constants = {"K": K, "V": V, "REVERSE": reverse, "PRECISION": DTYPES[dtype]}
+            constants |= dplr.tiles(K, V, dtype == "fp32")
+            back = ", reverse" if reverse else ""
+            name = f"dplr, {decay}, {writes} writes{back}, {dtype}, {K}x{V}"
+            yield Variant(name, dplr._sweep_kernel, types, constants)
+
+
+VARIANTS = (
+    linear_attn_variants,
+    conv_variants,
+    scan_variants,
+    selective_scan_variants,
+    dplr_variants,
+)
 
 
 def source(variant):

@@ -77,7 +77,7 @@ def _sweep_kernel(
 
     for first in range(0, length, C):
         # 2. Load the chunk. What is absent is read as what is there, and never used.
-        row, _, inside, _ = _rows(first + i, start, length, h, H, REVERSE)
+        row, _g_row, inside, _g_inside = _rows(first + i, start, length, h, H, REVERSE)
         a_c = _tile(a, row, inside, kk, K)
         b_c = _tile(b, row, inside, kk, K)
         q_c = a_c if q is None else _tile(q, row, inside, kk, K)
@@ -107,7 +107,7 @@ def _sweep_kernel(
             end = tl.zeros([BK], tl.float32)
             for step in range(C):
                 j = C - 1 - step
-                row_j, _, in_j, _ = _rows(first + j, start, length, h, H, REVERSE)
+                row_j, _g_row_j, in_j, _g_in_j = _rows(first + j, start, length, h, H, REVERSE)
                 is_j = (i[None, :] == j) & lower
                 b_j = _row(b, row_j, in_j, kk, K)
                 k_j = b_j if k is None else _row(k, row_j, in_j, kk, K)
