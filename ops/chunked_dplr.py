@@ -49,17 +49,20 @@ def chunked_sweep(
         u and o [B, T, H, V], and the final state.
     """
     time = a.shape[1]
-    a, b, q, k, v, c = (
-        x if x is None else split_chunks(x.to(state.dtype), num_chunks, chunk)
-        for x in (a, b, q, k, v, c)
-    )
+
+    def split(x: Tensor) -> Tensor:
+        return split_chunks(x.to(state.dtype), num_chunks, chunk)
+
+    a, b = split(a), split(b)
+    q, k, v, c = (x if x is None else split(x) for x in (q, k, v, c))
     g = split_decay(g, a)
     rows, columns = [x for x in (a, q) if x is not None], [x for x in (b, k) if x is not None]
     weights = between(torch.stack(rows, -2), torch.stack(columns, -2), g)  # [.., C, R, C, W]
     from_start, to_end = before(g).exp(), after(g).exp()
 
-    U = weights[..., 0, :, 1] @ v if v is not None else 0.0
+    U = a.new_zeros(())
     U = U if c is None else U + c
+    U = U if v is None else U + weights[..., 0, :, 1] @ v
     one = torch.eye(chunk, dtype=a.dtype, device=a.device)
     A = weights[..., 0, :, 0]
     inverse = torch.linalg.solve_triangular(

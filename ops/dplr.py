@@ -126,9 +126,8 @@ def decomposed(
     torch._check(q.shape[1] <= LONGEST, lambda: f"T: expected at most {LONGEST} in an export")
 
     def sweep(*args: Any) -> Any:
-        *tensors, state, _, _ = args
         num_chunks = q.shape[1] // CHUNK + 2  # never one: a compiler would count on it
-        return chunked_sweep(*tensors, state, across=folds, num_chunks=num_chunks)
+        return chunked_sweep(*args[:8], across=folds, num_chunks=num_chunks)
 
     o, final, u = forward(sweep, q, k, v, g, a, b, state, None, scale)
     # A strided output would reach a package's next call, which reads it as if it were contiguous.
@@ -139,7 +138,7 @@ def decomposed(
 
 
 def _each_sequence(
-    run: Callable[..., list[Tensor | None]], tensors: list[Tensor | None], state: Tensor,
+    run: Callable[..., Any], tensors: list[Any], state: Tensor,
     cu_seqlens: Tensor | None, reverse: bool,
 ) -> list[Any]:  # fmt: skip
     """``run(*tensors, state)``, which gives outputs over time and a state, of every sequence."""
@@ -161,7 +160,9 @@ def _chunk(time: int) -> int:
 def _sweep_cpu(
     a: Tensor, b: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor | None, c: Tensor | None,
     g: Tensor | None, state: Tensor, cu_seqlens: Tensor | None, reverse: bool,
-) -> list[Any]:  # fmt: skip
+) -> Any:  # fmt: skip
+    """u, o (None without q) and the final state: ``chunked_sweep`` of every sequence."""
+
     def run(*args: Any) -> Any:
         time, chunk = args[0].shape[1], _chunk(args[0].shape[1])
         return chunked_sweep(*args, across=loop, num_chunks=-(-time // chunk), chunk=chunk)
@@ -230,8 +231,8 @@ def _backward_cuda(
     inputs = (q, k, v, g, a, b, state, cu_seqlens, scale, u, final, do, dfinal)
     from flacompile.ops.kernels import dplr as kernels
 
-    options = {"exact": q.dtype == torch.float32}
-    sweep, read = (partial(f, **options) for f in (kernels.dplr_sweep, kernels.dplr_reads))
+    exact = q.dtype == torch.float32
+    sweep, read = partial(kernels.dplr_sweep, exact=exact), partial(kernels.dplr_reads, exact=exact)
     return gradients(sweep, read, *inputs)
 
 

@@ -22,6 +22,7 @@ and dg_{T+1} = sum_v S_T dS_T. Without b there is one write: c = v, b = k, and n
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from flacompile.ops.closed_backward import decay_gradient
 
-Sweep = Callable[..., tuple[Tensor, Tensor | None, Tensor]]
+Sweep = Callable[..., tuple[Tensor, Any, Tensor]]
 Read = Callable[..., list[Tensor]]
 
 

@@ -100,7 +100,7 @@ def selective_scan_variants():
 
 def dplr_variants():
     """A sweep forward, and one back in time over a pack, with one write or two, for each decay."""
-    for (K, V), decay, dtype in product(SHAPES, ("none", "g", "gk"), DTYPES):
+    for (K, V), decay, dtype in product(SHAPES, ("g", "gk"), DTYPES):
         for writes, reverse in product((1, 2), (False, True)):
             types = {"a": "*fp32", "b": f"*{dtype}"} | {decay: "*fp32"} | {"T": "i32", "H": "i32"}
             types |= dict.fromkeys(("state", "u", "final_state"), "*fp32")
