@@ -71,7 +71,7 @@ def chunked_sweep(
     W, U = inverse @ (a * from_start), inverse @ U
     M = (b * to_end).mT @ W + torch.diag_embed(g.sum(-2).exp().expand(*a.shape[:-2], a.shape[-1]))
     N = (b * to_end).mT @ U
-    N = N if k is None else N + (k * to_end).mT @ v
+    N = N if k is None or v is None else N + (k * to_end).mT @ v
     starts, final = across(M, N, state)
     U = U + W @ starts
     if q is None:
