@@ -51,7 +51,7 @@ def read_tokens(data: str | Path | Tensor, tokenizer: Any = None) -> Tensor:
 
 def fingerprint(tokens: Tensor) -> str:
     """A name for a stream: the same for the same tokens [n] alone."""
-    return hashlib.sha256(tokens.cpu().contiguous().numpy()).hexdigest()
+    return hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
 
 
 def split(tokens: Tensor, heldout: float, sequence_length: int) -> Split:
