@@ -145,8 +145,8 @@ def tiles(channels: int, N: int) -> dict[str, int]:
 
     Register and spill counts, which tests/compile_kernels.py prints, decide the number of warps.
     """
-    STATES = triton.next_power_of_2(N)
-    COLUMNS = min(max(1, 256 // STATES), triton.next_power_of_2(channels))
+    STATES = triton.next_power_of_2(int(N))  # a compiler's symbol would be no number of warps
+    COLUMNS = min(max(1, 256 // STATES), triton.next_power_of_2(int(channels)))
     return {"STATES": STATES, "COLUMNS": COLUMNS, "num_warps": max(1, STATES * COLUMNS // 32)}
 
 
