@@ -36,6 +36,23 @@ def errors(name: str, args: Args) -> dict[str, float]:
     return {key: x if x == x else float("inf") for key, x in found.items()}
 
 
+def summary(rows: list[dict]) -> list[str]:
+    """The largest error of each op and dtype: output, state, gradients, and those of decays."""
+    lines = ["| op | dtype | output | state | gradients | gradients of decays |", "|---" * 6 + "|"]
+    for name, dtype in itertools.product(OPS, DTYPES):
+        found = [r["errors"] for r in rows if (r["op"], r["dtype"]) == (name, str(dtype))]
+        decays = {f"d {key}" for key in OPS[name].decays}
+        given = {key for errors in found for key in errors} - {"output", "final state"}
+        groups = ({"output"}, {"final state"}, given - decays, given & decays)
+        cells = [
+            f"{max(x for r in found for k, x in r.items() if k in group):.1e}" if group else ""
+            for group in groups
+            if found
+        ]
+        lines += [f"| `{name}` | {str(dtype)[6:]} | {' | '.join(cells)} |"] if found else []
+    return lines
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -59,6 +76,7 @@ def main() -> None:
             print(f"| {variant} | {str(dtype)[6:]} | {time}, {size} | {cells} |", flush=True)
             rows.append({"op": name, "variant": variant, "dtype": str(dtype), "T": time,
                          "sizes": size, "errors": row})  # fmt: skip
+    print("", *summary(rows), sep="\n")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 
