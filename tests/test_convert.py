@@ -190,6 +190,7 @@ def test_calibrated_is_never_worse_than_neutral(name, mixer):
     for init in ("neutral", "calibrated"):
         model = copy.deepcopy(case.model)
         calibration = [ids_of(1, 2), ids_of(2, 3)]
+        torch.manual_seed(0)  # what an attention does not have starts at random
         flacompile.convert(
             model, mixer, init=init, example_inputs=case.inputs, calibration=calibration
         )
