@@ -328,3 +328,20 @@ def test_pad_unpad(left):
     assert math.isclose(padded.square().sum().item(), x[mask].square().sum().item())
     padded.sum().backward()
     assert close(x.grad, mask[..., None].expand(3, 6, WIDTH).double())
+
+
+@over_mixers
+def test_autocast(name):
+    """Products in bf16, states and gradients in fp32, near what fp32 gives."""
+    mixer = build(name, first(name), torch.float32)
+    x = draw(2, 30, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = mixer(x)
+        (token, _) = mixer.step(x[:, 0], state)
+    found = torch.autograd.grad(
+        y.float().square().mean(), tuple(mixer.parameters()), materialize_grads=True
+    )
+    want, _ = mixer(x)
+    assert (y.float() - want).norm() < 0.1 * want.norm() and token.isfinite().all()
+    assert all(s.dtype == torch.float32 for s in getattr(state, "recurrent", ()))
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in found)
