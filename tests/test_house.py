@@ -82,6 +82,15 @@ def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= LONGEST
 
 
+def test_textbook_loops_fit_a_page():
+    """A mixer's loop is read against its paper: at most twelve lines after its signature."""
+    functions = ast.parse((ROOT / "tests" / "textbook.py").read_text()).body
+    for function in functions:
+        if isinstance(function, ast.FunctionDef):
+            lines = function.end_lineno - function.body[0].lineno + 1
+            assert lines <= 12, function.name
+
+
 def test_only_kernels_import_triton():
     """Elsewhere it is torch that does: registering a triton_op loads Inductor, which loads it."""
     found = [

@@ -170,12 +170,9 @@ def mamba2(m, x):
     u = conv(u, m.conv1d.weight, m.conv1d.bias) if c.use_short_conv else u
     u, B, C = u.split((u.shape[-1] - (G + c.n_groups) * N, G * N, c.n_groups * N), -1)
     dt = F.softplus(dt + m.dt_bias).clamp(*c.dt_limit)[..., None]
-    u, B, C = (
-        stream(m, u, H, width // H),
-        stream(m, B, H, N, "B_norm"),
-        stream(m, C, H, N, "C_norm"),
-    )
-    y, gate = ssm(m, u, dt, -m.A_log.exp()[:, None, None], B, C), F.silu(z) if Z else 1.0
+    u, B = stream(m, u, H, width // H), stream(m, B, H, N, "B_norm")
+    y = ssm(m, u, dt, -m.A_log.exp()[:, None, None], B, stream(m, C, H, N, "C_norm"))
+    gate = F.silu(z) if Z else 1.0
     y, after = (y, gate) if c.norm_before_gate else (y * gate, 1.0)
     y = rms(y.unflatten(-1, (c.n_groups, -1)), 1).flatten(2) * m.norm.weight if c.rmsnorm else y
     return m.out_proj(y * after)
@@ -217,22 +214,27 @@ def rebased(m, x):
     return features(m, x, lambda y: outer(torch.cat((y, one + 0 * y[..., :1]), -1)), normalise)
 
 
-def gated_delta(m, x):
-    """S = α S, then S = S + β k (v - k S)^T for each of n steps, o = scale q S."""
-    c, o, act = m.config, [], {"silu": F.silu, "identity": identity}
-    q, k, v = qkv(m, x, gate=identity if c.use_short_conv else act[c.activation])
-    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-    β = torch.sigmoid(m.b_proj(x))[..., None] * (2 if c.allow_neg_eigval else 1)
-    S, H = x.new_zeros(len(x), q.shape[2], q.shape[3], v.shape[3]), q.shape[2]
-    for t in range(x.shape[1]):
-        if getattr(c, "use_forget_gate", True):
-            dt = F.softplus(m.a_proj(x[:, t]) + m.dt_bias)
-            S = (-m.A_log.exp() * dt).exp()[..., None, None] * S
+def delta(q, k, v, α, β):
+    """S = α S, then S = S + β k (v - k S)^T for each of n steps, o = q S."""
+    S, H, o = q.new_zeros(len(q), *q.shape[2:], v.shape[3]), q.shape[2], []
+    for t in range(q.shape[1]):
+        S = α[:, t] * S
         for j in range(0, k.shape[2], H):
             k_j, v_j, β_j = (y[:, t, j : j + H, None] for y in (k, v, β))
             S = S + β_j * k_j.mT @ (v_j - k_j @ S)
-        o.append((q[:, t, :, None] @ S)[..., 0, :] * (c.scale or q.shape[-1] ** -0.5))
-    o = torch.stack(o, 1)
+        o.append((q[:, t, :, None] @ S)[..., 0, :])
+    return torch.stack(o, 1)
+
+
+def gated_delta(m, x):
+    c, act = m.config, {"silu": F.silu, "identity": identity}
+    q, k, v = qkv(m, x, gate=identity if c.use_short_conv else act[c.activation])
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    β = σ(m.b_proj(x))[..., None] * (2 if c.allow_neg_eigval else 1)
+    α = x.new_ones(*x.shape[:2], 1)
+    if getattr(c, "use_forget_gate", True):
+        α = (-m.A_log.exp() * F.softplus(m.a_proj(x) + m.dt_bias)).exp()
+    o = delta(q * (c.scale or q.shape[-1] ** -0.5), k, v, α[..., None, None], β)
     o = (rms(o, m.o_norm.weight) if c.output_norm else o).flatten(2)
     gate = c.use_gate if hasattr(c, "use_gate") else c.use_output_gate
     return m.o_proj(o * F.silu(m.g_proj(x)) if gate else o)
@@ -276,6 +278,15 @@ def rwkv6(m, x):
     return rwkv_output(m, o, 1e-5, 0, lambda: GATES[m.config.gate_fn](m.g_proj.linear(xg)))
 
 
+def moved(q, k, v, A):
+    """S = A S + k v^T; o = q S, one a token."""
+    S, o = torch.zeros_like(k[:, 0, :, :, None]), []
+    for t in range(q.shape[1]):
+        S = A[:, t] @ S + k[:, t, :, :, None] * v[:, t, :, None]
+        o.append((q[:, t, :, None] @ S)[:, :, 0])
+    return o
+
+
 def rwkv7(m, x, v_first=None):
     mixes = [getattr(m, f"x_{i}") for i in "rwkvag" if hasattr(m, f"x_{i}")]
     xr, xw, xk, xv, xa, *xg = (x + (before(x) - x) * mix for mix in mixes)
@@ -283,11 +294,8 @@ def rwkv7(m, x, v_first=None):
     r, k, v = given(m, x, q=m.r_proj(xr), k=m.k_proj(xk), v=v)
     a, κ = σ(m.a_lora.lora(xa)).view_as(k), k * m.k_k.view(k.shape[2:])
     κ, k = κ / (κ.square().sum(-1, True) + 1e-6).sqrt(), k * (1 + (a - 1) * m.k_a.view_as(k[0, 0]))
-    w, S, o = (-σ(m.w_lora.lora(xw)) / math.e**0.5).view_as(k), 0 * k[:, 0, :, :, None], []
-    for t in range(x.shape[1]):
-        A = torch.diag_embed(w[:, t].exp()) - (κ * a)[:, t, :, :, None] * κ[:, t, :, None]
-        S = A @ S + k[:, t, :, :, None] * v[:, t, :, None]
-        o.append((r[:, t, :, None] @ S)[:, :, 0])
+    w = (-σ(m.w_lora.lora(xw)) / math.e**0.5).view_as(k).exp()
+    o = moved(r, k, v, torch.diag_embed(w) - (κ * a)[..., None] * κ[..., None, :])
     bonus = (r * k * m.r_k).sum(-1, keepdim=True) * v
     return rwkv_output(m, o, k.shape[-1] * 1e-5, bonus, lambda: m.g_lora.lora(*xg))
 
