@@ -82,30 +82,6 @@ def check_linear_attn(
     check_sequences(q, state, cu_seqlens, (q.shape[2], q.shape[3], v.shape[3]))
 
 
-def check_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Everything ``conv`` can know without reading a value."""
-    expect(x.ndim == 3, "x", "shape [B, T, C]", tuple(x.shape))
-    expect(x.is_floating_point(), "x", "a floating dtype", x.dtype)
-    expect(x.device.type in ("cpu", "cuda"), "x", "a CPU or CUDA tensor", x.device)
-    channels = x.shape[2]
-    filters = weight.ndim == 2 and weight.shape[0] == channels and weight.shape[1] > 0
-    expect(filters, "weight", f"shape ({channels}, W) with W > 0", tuple(weight.shape))
-    for name, w in (("weight", weight), ("bias", bias)):
-        if w is not None:
-            expect(w.is_floating_point(), name, "a floating dtype", w.dtype)
-            expect(w.device == x.device, name, f"the device of x, {x.device}", w.device)
-    if bias is not None:
-        check_shape("bias", bias, (channels,))
-    past = (weight.shape[1] - 1, channels)
-    check_sequences(x, state, cu_seqlens, past, name="x", dtype=x.dtype)
-
-
 def check_first(name: str, x: Tensor, axes: str) -> None:
     """The argument that the others are measured by: these axes, floating, on a device of ours."""
     expect(x.ndim == len(axes.split()), name, f"shape [{', '.join(axes.split())}]", tuple(x.shape))
@@ -118,6 +94,28 @@ def check_like(name: str, x: Tensor, shape: tuple[int, ...], first: str, like: T
     check_shape(name, x, shape)
     expect(x.is_floating_point(), name, "a floating dtype", x.dtype)
     expect(x.device == like.device, name, f"the device of {first}, {like.device}", x.device)
+
+
+def check_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Everything ``conv`` can know without reading a value."""
+    check_first("x", x, "B T C")
+    channels = x.shape[2]
+    filters = weight.ndim == 2 and weight.shape[0] == channels and weight.shape[1] > 0
+    expect(filters, "weight", f"shape ({channels}, W) with W > 0", tuple(weight.shape))
+    for name, w in (("weight", weight), ("bias", bias)):
+        if w is not None:
+            expect(w.is_floating_point(), name, "a floating dtype", w.dtype)
+            expect(w.device == x.device, name, f"the device of x, {x.device}", w.device)
+    if bias is not None:
+        check_shape("bias", bias, (channels,))
+    past = (weight.shape[1] - 1, channels)
+    check_sequences(x, state, cu_seqlens, past, name="x", dtype=x.dtype)
 
 
 def check_scan(g: Tensor, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> None:

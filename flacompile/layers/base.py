@@ -183,11 +183,12 @@ class Mixer(nn.Module):
 class RecurrentMixer(Mixer):
     """A mixer whose state has a fixed size. Subclasses define project, output and the shapes.
 
-    ``mix`` and ``mix_step`` call ``linear_attn``, with inputs (q, k, v, gk, gv) or fewer; a mixer
-    of another primitive overrides both. What else ``output`` needs may stand after them.
+    ``mix`` and ``mix_step`` call ``linear_attn`` on the first ``num_inputs`` inputs, of (q, k, v,
+    gk, gv); a mixer of another primitive overrides both. What else ``output`` needs may follow.
     """
 
     scale: float | None = None
+    num_inputs: int = 5
 
     @property
     @abstractmethod
@@ -217,14 +218,16 @@ class RecurrentMixer(Mixer):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Inputs [B, T, H, *] -> o [B, T, H, V] and the recurrent state."""
         first = None if state is None else state[0]
-        o, last = linear_attn(*inputs[:5], scale=self.scale, state=first, cu_seqlens=cu_seqlens)
+        o, last = linear_attn(
+            *inputs[: self.num_inputs], scale=self.scale, state=first, cu_seqlens=cu_seqlens
+        )
         return o, (last,)
 
     def mix_step(
         self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Inputs [B, H, *] -> o [B, H, V] and the recurrent state."""
-        o, last = linear_attn_step(*inputs[:5], scale=self.scale, state=state[0])
+        o, last = linear_attn_step(*inputs[: self.num_inputs], scale=self.scale, state=state[0])
         return o, (last,)
 
     def sequence(

@@ -57,6 +57,7 @@ class Mamba2(StateSpaceMixer):
         norm_eps: float = 1e-5
 
     config: Config
+    num_inputs = 4  # C, B, dt x and the decay; u and z are for the output
 
     def __init__(self, config: Config) -> None:
         c, P, N, G = config, config.head_dim, config.state_size, config.n_groups
@@ -90,19 +91,6 @@ class Mamba2(StateSpaceMixer):
         dt = tokens.zero_padding(dt)
         decay = -dt * at_least_fp32(self.A_log).exp()
         return (C, B, (dt[..., None] * u).to(u.dtype), decay, u, z), conv
-
-    def mix(
-        self,
-        inputs: tuple[Tensor, ...],
-        state: tuple[Tensor, ...] | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return super().mix(inputs[:4], state, cu_seqlens)
-
-    def mix_step(
-        self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return super().mix_step(inputs[:4], state)
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         u, z = inputs[4:]
