@@ -25,7 +25,6 @@ from torch.utils import _pytree as pytree
 
 from flacompile import __version__, hf
 from flacompile.files import write_atomically
-from flacompile.layers.base import RecurrentMixer
 from flacompile.ops.chunked import CHUNK
 from flacompile.ops.prefix import FANOUT
 from flacompile.passes.decompose import decompose
@@ -164,10 +163,10 @@ def _check(model: nn.Module, path: Path) -> None:
             f"model: expected every attention converted, got {kept} softmax layers kept; their "
             "caches grow and are not exported yet"
         )
-    growing = [p for p, x in layers.items() if not isinstance(x.mixer, RecurrentMixer)]
+    growing = [p for p, x in layers.items() if not x.mixer.keeps_size]
     if growing:
         raise ValueError(
-            f"model: expected linear mixers, whose states keep their size, got "
+            f"model: expected mixers whose states keep their size, got "
             f"{type(layers[growing[0]].mixer).__name__} in {growing[0]}"
         )
     if path.suffix != ".pt2":

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flacompile.blocks import QKNorm, Rotary
 from flacompile.files import write_atomically
-from flacompile.layers import MIXERS
+from flacompile.layers.entries import from_entry, to_entry
 from flacompile.passes.sites import AttentionSite
 from flacompile.passes.swap_attention import (
     Call,
@@ -157,10 +156,8 @@ def save(model: PreTrainedModel, path: str | Path) -> None:
         raise ValueError(f"model: expected a converted model, got {type(model).__name__}")
     recipe: dict[str, Any] = {}
     for name, layer in layers.items():
-        kind = next(k for k, cls in MIXERS.items() if type(layer.mixer) is cls)
-        config = dataclasses.asdict(layer.mixer.config)  # type: ignore[call-overload]
         convention = dataclasses.asdict(layer.convention)  # type: ignore[call-overload]
-        recipe[name] = {"mixer": kind, "config": config, "convention": convention}
+        recipe[name] = to_entry(layer.mixer.config) | {"convention": convention}  # type: ignore[arg-type]
     path = Path(path)
     model.save_pretrained(path, state_dict=student_state(model))
     text = json.dumps({"layers": recipe}, indent=1)
@@ -205,13 +202,8 @@ def load(path: str | Path) -> PreTrainedModel:
 
 def _put(model: PreTrainedModel, name: str, entry: dict[str, Any]) -> None:
     """Puts the mixer of one entry of the recipe where it stood; its weights are yet to come."""
-    cls, fields = MIXERS[entry["mixer"]], dict(entry["config"])
-    if isinstance(fields.get("rotary"), dict):
-        rotary = fields["rotary"]
-        fields["rotary"] = Rotary.Config(**rotary | {"inv_freq": tuple(rotary["inv_freq"])})
-    if isinstance(fields.get("qk_norm"), list):
-        fields["qk_norm"] = QKNorm(*fields["qk_norm"])
-    mixer = cls(cls.Config(**fields)).to(model.dtype)
+    config = from_entry(entry)
+    mixer = config.mixer(config).to(model.dtype)
     convention = TransformersConvention(**entry["convention"])
     try:
         model.set_submodule(name, SwappedAttention(mixer, None, convention), strict=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from textbook import TEXTBOOK
 from flacompile.blocks import Rotary
 from flacompile.layers import MIXERS, AttentionState, cu_seqlens_from_mask, pad, unpad
 from flacompile.layers.base import RecurrentMixer
+from flacompile.layers.entries import from_entry, to_entry
 from flacompile.layers.qkv import QKVMixer
 from flacompile.passes.decompose import decompose
 from flacompile.yarn import RopeScaling
@@ -345,3 +347,10 @@ def test_autocast(name):
     assert (y.float() - want).norm() < 0.1 * want.norm() and token.isfinite().all()
     assert all(s.dtype == torch.float32 for s in getattr(state, "recurrent", ()))
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in found)
+
+
+@over_cases
+def test_entries(name, fields):
+    """A Config comes back from the JSON of a recipe as it was."""
+    config = build(name, fields).config
+    assert from_entry(json.loads(json.dumps(to_entry(config)))) == config

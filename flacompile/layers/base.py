@@ -79,9 +79,16 @@ class Mixer(nn.Module):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
+        """mixer: the class that it is the Config of."""
+
+        mixer: ClassVar[type[Mixer]]
         hidden_size: int
 
     State: ClassVar[type] = RecurrentState
+
+    def __init_subclass__(cls) -> None:
+        if "Config" in vars(cls):
+            cls.Config.mixer = cls
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -133,6 +140,11 @@ class Mixer(nn.Module):
     @abstractmethod
     def load_attention(self, weights: AttentionWeights) -> None:
         """Takes over an attention's weights; ``config_for`` made this mixer for it."""
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether the state has the size at any token that it has at the first."""
+        return True
 
     @property
     def output_layer(self) -> nn.Linear:

@@ -38,6 +38,10 @@ class CachedMixer(Mixer):
     window_size: int | None = None
 
     @property
+    def keeps_size(self) -> bool:
+        return self.window_size is not None
+
+    @property
     @abstractmethod
     def cached_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of each tensor that is kept of a token."""
