@@ -18,11 +18,12 @@ Values = dict[Node, Any]
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One eager call of a module: what went in and what came out."""
+    """One eager call of a module: what went in and what came out, and which call it was."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
+    times: int = 1
 
 
 @contextmanager
@@ -95,7 +96,8 @@ def record_calls(
 
     def hook_for(path: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            calls[path] = ModuleCall(args, dict(kwargs), result)
+            times = calls[path].times + 1 if path in calls else 1
+            calls[path] = ModuleCall(args, dict(kwargs), result, times)
 
         return hook
 

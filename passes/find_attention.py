@@ -5,7 +5,9 @@ back to its projections; what stands between is linear, so rotary embedding, hea
 are read off by probing. An attention is a site only if, rebuilt from the weights that were found,
 it gives the model's queries, keys, values and output; anything else is rejected with a reason.
 
-Left out: graph modules as input, ALiBi, soft-capped scores, norms other than RMSNorm, low-rank
+An attention whose module does other things too, or that stands in a graph, is a site that is inline.
+
+Left out: ALiBi, soft-capped scores, norms other than RMSNorm, low-rank
 projections.
 """
 
@@ -15,8 +17,9 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from .capture import (
     ModuleCall,
@@ -47,13 +50,14 @@ from .sites import (
 from .structure import (
     AttentionArgs,
     Draft,
-    check_owner,
+    check_parameters,
     draft_of,
     find_hidden_states,
     find_result,
+    parameters_beside,
 )
 from .verify import prove, rebuild
-from .walk import NotProvable, attention_nodes, module_stack, softmax_nodes
+from .walk import NotProvable, attention_nodes, module_stack, softmax_nodes, upwards
 
 __all__ = [
     "AttentionSite", "AttentionWeights", "Findings", "NormSite", "Projection", "Rejected",
@@ -90,19 +94,29 @@ def find_attention(
             gm = capture(model, example_inputs, kwargs)
             masks = _LongMasks(model, gm)
             drafts, rejected = _drafts(gm, model)
-            paths = {draft.path for draft in drafts.values()}
+            paths = {path for draft in drafts.values() for path in upwards(draft.path)}
             calls = record_calls(model, paths, example_inputs, kwargs)
         # What the model computes as it came, should the switch to sdpa change it.
         own_calls = record_calls(model, paths, example_inputs, kwargs) if note else calls
         wanted = {node for draft in drafts.values() for node in draft.wanted()}
         values = record_values(gm, wanted, example_inputs, kwargs)
+        counts = Counter(draft.path for draft in drafts.values())
         sites: list[AttentionSite] = []
         for index, draft in drafts.items():
             try:
                 window = masks.window(index, draft, values)
-                check_owner(draft, model)
-                pair = (calls.get(draft.path), own_calls.get(draft.path))
-                sites.append(_site(draft, model, values, pair, window))
+                check_parameters(draft, model)
+                if draft.path in calls and not parameters_beside(draft, draft.path, model):
+                    if counts[draft.path] > 1:
+                        raise NotProvable(_often(counts[draft.path]))
+                    pair = (calls[draft.path], own_calls[draft.path])
+                    sites.append(_site(draft, model, values, pair, window))
+                else:
+                    home = _home(draft, model, calls, bool(note))
+                    ran_inside = [_ran_in(home, n) for n in attention_nodes(gm)[:index]]
+                    seen = ModuleCall((values[draft.x],), {}, values[draft.o.node])
+                    site = _site(replace(draft, path=home), model, values, (seen, seen), window)
+                    sites.append(replace(site, inline=sum(ran_inside)))
             except NotProvable as reason:
                 rejected.append(Rejected(draft.path, str(reason)))
     return Findings(tuple(sites), tuple(rejected), gm, (note,) if note else ())
@@ -135,11 +149,37 @@ def _drafts(gm: GraphModule, model: nn.Module) -> tuple[dict[int, Draft], list[R
             drafts[index] = draft_of(node)
         except NotProvable as reason:
             rejected.append(Rejected((module_stack(node) or [""])[-1], str(reason)))
-    for path, count in Counter(draft.path for draft in drafts.values()).items():
-        if count > 1:
-            drafts = {i: d for i, d in drafts.items() if d.path != path}
-            rejected.append(Rejected(path, f"the module attends {count} times in one forward"))
     return drafts, rejected
+
+
+def _ran_in(path: str, node: Node) -> bool:
+    return not path or path in module_stack(node)
+
+
+def _often(times: int) -> str:
+    return f"the module attends {times} times in one forward"
+
+
+def _home(draft: Draft, model: nn.Module, calls: dict[str, ModuleCall], switched: bool) -> str:
+    """The module whose forward holds an inline attention; it must be one that can be captured."""
+    path = next(path for path in upwards(draft.path) if path in calls)
+    owner, call = model.get_submodule(path), calls[path]
+    if isinstance(owner, GraphModule):
+        return path
+    if call.times > 1:
+        raise NotProvable(_often(call.times))
+    leaves = tree_leaves((call.args, call.kwargs))
+    odd = [type(x).__name__ for x in leaves if not isinstance(x, Tensor | None)]
+    if path and not odd and not switched:
+        return path
+    where = f"{type(owner).__name__} ({path or 'the model itself'})"
+    others = parameters_beside(draft, path, model)
+    held = ", ".join(dict.fromkeys(n.rsplit(".", 1)[0] for n in others)) or "the rest"
+    called = f" and is called with {odd[0]}" if odd else ""
+    raise NotProvable(
+        f"attention is inline in {where}, which also holds {held}{called}; "
+        "move it into a module of its own"
+    )
 
 
 class _LongMasks:
@@ -177,13 +217,11 @@ def _site(
     draft: Draft,
     model: nn.Module,
     values: Values,
-    calls: tuple[ModuleCall | None, ModuleCall | None],
+    calls: tuple[ModuleCall, ModuleCall],
     window: int | None,
 ) -> AttentionSite:
     """The site of a draft; raises NotProvable where a value contradicts it."""
     call, own_call = calls
-    if call is None or own_call is None:
-        raise NotProvable("the module is not called as a module")
     x = values[draft.x]
     heads = read_heads(draft, model, values)
     site = AttentionSite(

@@ -92,6 +92,8 @@ class AttentionSite:
         x_arg: how the hidden states [B, T, D] reach the owner: position or keyword.
         num_results: None when the owner returns y itself, else the length of its tuple.
         result_index: where y stands in that tuple.
+        inline: None where the module at `path` is the attention. Else that module does other
+            things too, and this is which of the attentions inside it; ``outline`` makes a module.
     """
 
     path: str
@@ -112,6 +114,7 @@ class AttentionSite:
     x_arg: int | str = 0
     num_results: int | None = None
     result_index: int = 0
+    inline: int | None = None
 
     def weights(self, model: nn.Module) -> AttentionWeights:
         """The site's tensors out of `model`, which must still hold the attention at `path`."""
@@ -176,7 +179,9 @@ def describe_site(site: AttentionSite) -> str:
         *(_projection_line(name, getattr(site, name), site.path) for name in "qkvo"),
         f"  rotary: {_rotary_text(site.rotary)}",
         f"  norms: q {_norm_text(site.q_norm)}; k {_norm_text(site.k_norm)}",
-        f"  call: x = {site.x_arg!r}, returns {returns}",
+        f"  call: x = {site.x_arg!r}, returns {returns}"
+        if site.inline is None
+        else f"  inline: attention {site.inline} of the module",
     ]
     return "\n".join(lines)
 

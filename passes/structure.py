@@ -56,10 +56,16 @@ class Draft:
 
     def wanted(self) -> set[Node]:
         """Nodes whose values the proof needs."""
-        nodes = {self.x, self.q.end, self.k.end, self.v.end}
+        nodes = {self.x, self.q.end, self.k.end, self.v.end, self.o.node}
         if self.args.attn_mask is not None:
             nodes.add(self.args.attn_mask)
         return nodes.union(self.q.constants, self.k.constants, self.v.constants)
+
+    def parameters(self) -> list[str]:
+        """Names of the attention's weights, biases and norms."""
+        projections = [self.q.projection, self.k.projection, self.v.projection, self.o]
+        names = [name for p in projections for name in (p.weight, p.bias) if name]
+        return names + [norm.fqn for norm in self.norms.values() if norm and norm.fqn]
 
 
 def draft_of(attention: Node) -> Draft:
@@ -102,28 +108,21 @@ def _hidden_states(branches: list[Branch], path: str) -> Node:
     return sources[0]
 
 
-def check_owner(draft: Draft, model: nn.Module) -> None:
-    """The owner holds the attention's parameters and no others."""
+def check_parameters(draft: Draft, model: nn.Module) -> None:
+    """All weights are parameters, and nobody reads them past their module."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    projections = [draft.q.projection, draft.k.projection, draft.v.projection, draft.o]
-    names = [name for p in projections for name in (p.weight, p.bias) if name]
-    names += [norm.fqn for norm in draft.norms.values() if norm and norm.fqn]
-    for name in names:
+    for name in draft.parameters():
         if name not in parameters:
             raise NotProvable(f"the weight {name} is not a parameter of the model")
-    used = {id(parameters[name]) for name in names}
-    owner = model.get_submodule(draft.path)
     parent = model.get_submodule(draft.path.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer):
         raise NotProvable("nn.TransformerEncoderLayer reads into its attention; write it out")
-    others = [n for n, p in owner.named_parameters() if id(p) not in used]
-    if draft.path and not others:
-        return
-    where = f"{type(owner).__name__} ({draft.path or 'the model itself'})"
-    held = ", ".join(dict.fromkeys(n.rsplit(".", 1)[0] for n in others)) or "the rest"
-    raise NotProvable(
-        f"attention is inline in {where}, which also holds {held}; move it into a module of its own"
-    )
+
+
+def parameters_beside(draft: Draft, path: str, model: nn.Module) -> list[str]:
+    """Names of the parameters in the module at `path` that are not the attention's."""
+    used = {id(model.get_parameter(name)) for name in draft.parameters()}
+    return [n for n, p in model.get_submodule(path).named_parameters() if id(p) not in used]
 
 
 def find_hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> int | str:

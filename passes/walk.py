@@ -178,6 +178,12 @@ def module_stack(node: Node) -> list[str]:
     return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
+def upwards(path: str) -> list[str]:
+    """The path and those of all modules around it; "" is the model."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
+
+
 def attention_nodes(gm: GraphModule) -> list[Node]:
     """The scaled_dot_product_attention nodes, in order."""
     return [n for n in gm.graph.nodes if n.target is aten.scaled_dot_product_attention.default]
