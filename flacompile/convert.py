@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from flacompile import hf
 from flacompile.calibrate import calibrate, relative_error
@@ -21,6 +23,7 @@ from flacompile.passes.capture import (
     without_cache,
 )
 from flacompile.passes.find_attention import find_attention
+from flacompile.passes.outline import forget_blocks, graph_of, outline_sites, restore_blocks
 from flacompile.passes.sites import AttentionSite, Rejected, describe_site
 from flacompile.passes.swap_attention import PlainConvention, swap_attention, swapped
 from flacompile.passes.verify import rebuild
@@ -69,7 +72,7 @@ class Report:
 
 
 def convert(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     mixer: str | Mixer.Config = "gla",
     *,
     keep: float | Sequence[int] = (),
@@ -86,18 +89,22 @@ def convert(
 
     Args:
         model: any module whose attention is ``scaled_dot_product_attention``; transformers models
-            with eager attention are switched to it.
+            with eager attention are switched to it. A block that attends among other things is
+            replaced by its graph, in which the attention is a module. A GraphModule or an
+            ExportedProgram is left as it was, but for its attention's weights, which are frozen.
         mixer: a registry name, or a mixer's ``Config``; of a Config, the fields that differ from
             the class's defaults are used, the rest follows the attention found.
         keep: attentions that stay softmax: their indices in order, negative ones from the end, or
             a share of all, spread evenly.
         init: "neutral" copies q, k, v, o and opens the gates; "calibrated" then sets decay and
             scale of each head from the teacher's statistics, in closed form.
-        example_inputs: arguments of one call of the model; random tokens for a transformers model.
+        example_inputs: arguments of one call of the model; by default random tokens for a
+            transformers model, and a program's own example.
         calibration: batches of token ids [B, T] for "calibrated"; default the example.
 
     Returns:
-        The same model.
+        The same model. For a graph, a new GraphModule over the same weights: it holds for the
+        sizes that the given graph held for, trains, compiles and can be exported again.
 
     Raises:
         ValueError: an unknown mixer, nothing that can be converted, a model already converted, or
@@ -106,13 +113,16 @@ def convert(
     cls, changed = _mixer_class(mixer)
     if init not in ("neutral", "calibrated"):
         raise ValueError(f"init: expected 'neutral' or 'calibrated', got {init!r}")
-    if swapped(model):
+    if isinstance(model, nn.Module) and swapped(model):
         raise ValueError("model: expected one that is not converted, got a converted one")
+    args, kwargs = _call_of(example_inputs)
+    if isinstance(model, ExportedProgram) and model.example_inputs and example_inputs is None:
+        args, kwargs = model.example_inputs
+    if isinstance(model, GraphModule | ExportedProgram):
+        model = graph_of(model, args, kwargs)
     with _all_or_nothing(model):
         note = switch_to_sdpa(model)
-        done = _convert(
-            model, cls, changed, keep, init == "calibrated", example_inputs, calibration
-        )
+        done = _convert(model, cls, changed, keep, init == "calibrated", args, kwargs, calibration)
         notes = (*([note] if note else []), *done.notes)
         model.flacompile_report = dataclasses.replace(done, notes=notes)  # type: ignore[assignment]
     return model
@@ -124,11 +134,11 @@ def _convert(
     changed: dict[str, Any],
     keep: float | Sequence[int],
     calibrated: bool,
-    example_inputs: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     calibration: Iterable[Tensor] | None,
 ) -> Report:
     """``convert`` on arguments that were read; what it did so far stays if it raises."""
-    args, kwargs = _call_of(example_inputs)
     findings = find_attention(model, args, kwargs)
     kept = _kept(keep, len(findings.sites))
     chosen = [site for i, site in enumerate(findings.sites) if i not in kept]
@@ -140,6 +150,7 @@ def _convert(
             "model: expected at least one causal softmax attention to convert, got none\n"
             + ("\n".join(found) or "  no scaled_dot_product_attention in the captured graph")
         )
+    chosen = outline_sites(model, chosen, args, kwargs)
     name = next(name for name, c in MIXERS.items() if c is cls)
     examples = _examples(model, chosen, _batches(model, args, kwargs, calibration))
     layers, mixers = [], []
@@ -166,6 +177,7 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     except BaseException:
         for path, layer in swapped(model).items():
             model.set_submodule(path, layer.original, strict=True)  # type: ignore[arg-type]
+        restore_blocks(model)
         for parameter, required in trained:
             parameter.requires_grad_(required)
         if implementation != getattr(getattr(model, "config", None), "_attn_implementation", None):
@@ -184,6 +196,7 @@ def finalize(model: nn.Module) -> nn.Module:
     """Lets go of the teacher: afterwards only the mixers remain. Returns the same model."""
     for layer in swapped(model).values():
         layer.original, layer.route = None, "mixer"
+    forget_blocks(model)
     return model
 
 

@@ -82,6 +82,15 @@ def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(kwargs)
 
 
+def example_call(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """args and kwargs of one call of the model: ids [2, 16] if none are given, and no cache."""
+    if not args and not kwargs:
+        args = (default_ids(model, 2, 16),)
+    return args, without_cache(model, kwargs)
+
+
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
     """Non-strict torch.export of an evaluating model; parameters are get_attr nodes by name."""
     program = torch.export.export(model, args, kwargs, strict=False)

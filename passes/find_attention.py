@@ -5,7 +5,7 @@ back to its projections; what stands between is linear, so rotary embedding, hea
 are read off by probing. An attention is a site only if, rebuilt from the weights that were found,
 it gives the model's queries, keys, values and output; anything else is rejected with a reason.
 
-An attention whose module does other things too, or that stands in a graph, is a site that is inline.
+In a graph, or where a module does other things too, a site is inline: see ``outline``.
 
 Left out: ALiBi, soft-capped scores, norms other than RMSNorm, low-rank
 projections.
@@ -28,6 +28,7 @@ from .capture import (
     default_ids,
     evaluate,
     evaluating,
+    example_call,
     known_inputs,
     record_calls,
     record_values,
@@ -64,7 +65,6 @@ __all__ = [
     "RotarySite", "describe", "find_attention", "switch_to_sdpa",
 ]  # fmt: skip
 
-_BATCH, _TIME = 2, 16
 _LONGEST_WINDOW = 4096  # a mask of that size squared is evaluated
 
 
@@ -85,9 +85,7 @@ def find_attention(
             that has config.vocab_size. Sequences of full length, without padding.
         example_kwargs: keyword inputs of that call; use_cache=False is added where it is known.
     """
-    if not example_inputs and not example_kwargs:
-        example_inputs = (default_ids(model, _BATCH, _TIME),)
-    kwargs = without_cache(model, example_kwargs or {})
+    example_inputs, kwargs = example_call(model, example_inputs, example_kwargs or {})
     _check_rope(model)
     with evaluating(model):
         with with_sdpa(model) as note:
@@ -114,7 +112,7 @@ def find_attention(
                 else:
                     home = _home(draft, model, calls, bool(note))
                     ran_inside = [_ran_in(home, n) for n in attention_nodes(gm)[:index]]
-                    seen = ModuleCall((values[draft.x],), {}, values[draft.o.node])
+                    seen = ModuleCall((values[draft.x],), {}, values[draft.y])
                     site = _site(replace(draft, path=home), model, values, (seen, seen), window)
                     sites.append(replace(site, inline=sum(ran_inside)))
             except NotProvable as reason:

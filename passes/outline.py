@@ -13,8 +13,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from operator import attrgetter
-from os.path import commonprefix
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection, export
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from .capture import ModuleCall, evaluating, record_calls
+from .capture import ModuleCall, evaluating, example_call, record_calls
 from .sites import AttentionSite, NormSite, Projection
 from .structure import Draft, draft_of
 from .walk import attention_nodes, op_name, upwards
@@ -41,6 +41,8 @@ def graph_of(
     """
     gm = program.module() if isinstance(program, ExportedProgram) else program
     if not attention_nodes(gm):
+        if not args and not kwargs:
+            raise ValueError("example_inputs: expected those of one call of the graph, got none")
         gm = _export(gm, args, kwargs)
     graph = copy.deepcopy(gm.graph)
     for node in graph.nodes:  # where it ran before it was exported, which is no more
@@ -58,7 +60,7 @@ def outline_sites(
 
     Args:
         model: the one they were found in; what stands in it afterwards computes the same.
-        args: of one call of the model, as are kwargs; as for ``find_attention``.
+        args: of one call of the model, as are kwargs; the ones for ``find_attention``.
 
     Raises:
         ValueError: a block cannot be captured for any batch and length.
@@ -67,6 +69,9 @@ def outline_sites(
     for site in sites:
         if site.inline is not None:
             groups.setdefault(site.path, []).append(site)
+    if not groups:
+        return list(sites)
+    args, kwargs = example_call(model, args, kwargs)
     done: dict[tuple[str, int | None], AttentionSite] = {}
     with evaluating(model):
         calls = record_calls(model, set(groups), args, kwargs)
@@ -156,20 +161,21 @@ def _revive_dropout(gm: GraphModule) -> None:
 
 def _outline(gm: GraphModule, draft: Draft) -> str:
     """One attention's nodes into a module; those that nothing else uses leave the graph."""
-    inputs, region = _region(draft)
+    end, (inputs, region) = draft.y, _region(draft)
     inside, copies = Graph(), {}
     for node in inputs:
         copies[node] = inside.placeholder(node.name)
     for node in region:
         copies[node] = inside.node_copy(node, copies.__getitem__)
-    inside.output(copies[draft.o.node])
+    inside.output(copies[end])
 
-    weights = [p.weight for p in (draft.q.projection, draft.k.projection, draft.v.projection, draft.o)]
-    base = ".".join(commonprefix([weight.split(".")[:-1] for weight in weights]))
-    with gm.graph.inserting_before(draft.o.node):
+    projections = (draft.q.projection, draft.k.projection, draft.v.projection, draft.o)
+    steps = zip(*(p.weight.split(".")[:-1] for p in projections), strict=False)
+    base = ".".join(step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps))
+    with gm.graph.inserting_before(end):
         call = gm.graph.create_node("call_module", "", tuple(inputs), name="attention")
-    call.meta = dict(draft.o.node.meta)
-    draft.o.node.replace_all_uses_with(call)
+    call.meta = dict(end.meta)
+    end.replace_all_uses_with(call)
     for node in reversed(region):
         _erase_unused(node)
     call.target = place = _place(gm, base)
@@ -178,12 +184,12 @@ def _outline(gm: GraphModule, draft: Draft) -> str:
 
 
 def _region(draft: Draft) -> tuple[list[Node], list[Node]]:
-    """(inputs, nodes) of what computes the output projection from x; parameters are among the nodes.
+    """(inputs, nodes) of what computes the output projection from x, reading parameters included.
 
-    Constants of their own (positions, masks) are taken along, so that they can go with it.
+    So are constants that x does not need (positions, masks), which can then go with it.
     """
     before = _behind(draft.x, set())
-    region = _behind(draft.o.node, {n for n in before if n.op != "get_attr"})
+    region = _behind(draft.y, {n for n in before if n.op != "get_attr"})
     nodes = sorted(n for n in region if n.op != "placeholder")
     outside = {i for n in nodes for i in n.all_input_nodes} - set(nodes) - {draft.x}
     return [draft.x, *sorted(outside)], nodes
@@ -246,8 +252,9 @@ def _graph_module(gm: GraphModule, graph: Graph, base: str = "") -> GraphModule:
 def _forget_unused(gm: GraphModule) -> None:
     """Deletes parameters, buffers and modules that the graph no longer reads."""
     used = {n.target for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
-    tensors = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
-    for name in tensors:
+    parameters = gm.named_parameters(remove_duplicate=False)
+    buffers = gm.named_buffers(remove_duplicate=False)
+    for name, _ in [*parameters, *buffers]:
         if used.isdisjoint(upwards(name)):
             parent, _, leaf = name.rpartition(".")
             delattr(gm.get_submodule(parent), leaf)

@@ -15,7 +15,9 @@ from .walk import (
     NotProvable,
     ProjectionNode,
     check_linear,
+    is_layout,
     module_stack,
+    op_name,
     origin,
     walk_back,
     walk_forward,
@@ -43,7 +45,10 @@ class AttentionArgs:
 
 @dataclass(frozen=True)
 class Draft:
-    """One attention as the graph's structure tells it; values still have to prove it."""
+    """One attention as the graph's structure tells it; values still have to prove it.
+
+    x is what is projected, y the output projection's result, both [B, T, D].
+    """
 
     path: str
     args: AttentionArgs
@@ -53,10 +58,11 @@ class Draft:
     norms: dict[str, NormMatch | None]
     o: ProjectionNode
     x: Node
+    y: Node
 
     def wanted(self) -> set[Node]:
         """Nodes whose values the proof needs."""
-        nodes = {self.x, self.q.end, self.k.end, self.v.end, self.o.node}
+        nodes = {self.x, self.q.end, self.k.end, self.v.end, self.y}
         if self.args.attn_mask is not None:
             nodes.add(self.args.attn_mask)
         return nodes.union(self.q.constants, self.k.constants, self.v.constants)
@@ -87,7 +93,7 @@ def draft_of(attention: Node) -> Draft:
     q, k, v = branches
     path = owner_path([attention, *(b.projection.node for b in branches), o.node])
     x = _hidden_states([q, k, v], path)
-    return Draft(path, args, q, k, v, norms, o, x)
+    return Draft(path, args, q, k, v, norms, o, x, _in_layout_of(x, o.node))
 
 
 def owner_path(nodes: list[Node]) -> str:
@@ -95,6 +101,15 @@ def owner_path(nodes: list[Node]) -> str:
     stacks = [module_stack(node) for node in nodes]
     common = [step[0] for step in zip(*stacks, strict=False) if len(set(step)) == 1]
     return common[-1] if common else ""
+
+
+def _in_layout_of(x: Node, node: Node) -> Node:
+    """The node, or what it becomes as soon as it has as many dims as x, which are [B, T, D]."""
+    users = [n for n in node.users if op_name(n) != "_assert_tensor_metadata"]
+    same = node.meta["val"].ndim == x.meta["val"].ndim
+    return (
+        node if same or len(users) != 1 or not is_layout(users[0]) else _in_layout_of(x, users[0])
+    )
 
 
 def _hidden_states(branches: list[Branch], path: str) -> Node:

@@ -128,7 +128,7 @@ class RotaryAttention(nn.Module):
 
 
 class InlineBlock(nn.Module):
-    """Attention and MLP in one module: nothing to swap."""
+    """Attention and MLP in one module."""
 
     def __init__(self):
         super().__init__()
@@ -242,6 +242,11 @@ def _inline() -> Case:
     return Case(_sharpen(GPT(InlineBlock)), (_ids(),), {})
 
 
+def _inline_root() -> Case:
+    torch.manual_seed(0)
+    return Case(_sharpen(InlineBlock()), (torch.randn(2, TIME, DIM),), {})
+
+
 def _cross() -> Case:
     torch.manual_seed(0)
     x, memory = torch.randn(2, TIME, DIM), torch.randn(2, TIME, DIM)
@@ -304,12 +309,13 @@ MODELS: dict[str, Callable[[], Case]] = {
     "handwritten_per_head": _own(lambda: PackedAttention(per_head=True, factor=0.5)),
     "handwritten_rope": _own(RotaryAttention, positions=False),
     "handwritten_even_odd": _own(lambda: RotaryAttention("even_odd"), positions=False),
+    "handwritten_inline": _inline,
 }
 
 REJECTED: dict[str, tuple[Callable[[], Case], str]] = {
     "bert": (_bert, "bidirectional"),
     "bidirectional": (_own(lambda: PackedAttention(is_causal=False)), "bidirectional"),
-    "inline": (_inline, "attention is inline in InlineBlock (blocks."),
+    "inline_root": (_inline_root, "attention is inline in InlineBlock (the model itself)"),
     "cross": (_cross, "cross-attention: keys come from another input than queries"),
     "dropout": (_own(lambda: PackedAttention(dropout=0.1)), "dropout 0.1 is active"),
     "dilated": (
