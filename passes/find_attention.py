@@ -55,6 +55,7 @@ from .structure import (
     draft_of,
     find_hidden_states,
     find_result,
+    is_owner,
     parameters_beside,
 )
 from .verify import prove, rebuild
@@ -104,7 +105,7 @@ def find_attention(
             try:
                 window = masks.window(index, draft, values)
                 check_parameters(draft, model)
-                if draft.path in calls and not parameters_beside(draft, draft.path, model):
+                if draft.path in calls and is_owner(draft, model):
                     if counts[draft.path] > 1:
                         raise NotProvable(_often(counts[draft.path]))
                     pair = (calls[draft.path], own_calls[draft.path])
@@ -117,6 +118,10 @@ def find_attention(
                     sites.append(replace(site, inline=sum(ran_inside)))
             except NotProvable as reason:
                 rejected.append(Rejected(draft.path, str(reason)))
+    for site in [site for site in sites if _holds_another(site, sites)]:
+        sites.remove(site)
+        reason = "attention is inline in a module that also holds a module which attends"
+        rejected.append(Rejected(site.path, reason))
     return Findings(tuple(sites), tuple(rejected), gm, (note,) if note else ())
 
 
@@ -162,10 +167,10 @@ def _home(draft: Draft, model: nn.Module, calls: dict[str, ModuleCall], switched
     """The module whose forward holds an inline attention; it must be one that can be captured."""
     path = next(path for path in upwards(draft.path) if path in calls)
     owner, call = model.get_submodule(path), calls[path]
-    if isinstance(owner, GraphModule):
-        return path
     if call.times > 1:
         raise NotProvable(_often(call.times))
+    if isinstance(owner, GraphModule):
+        return path
     leaves = tree_leaves((call.args, call.kwargs))
     odd = [type(x).__name__ for x in leaves if not isinstance(x, Tensor | None)]
     if path and not odd and not switched:
@@ -178,6 +183,12 @@ def _home(draft: Draft, model: nn.Module, calls: dict[str, ModuleCall], switched
         f"attention is inline in {where}, which also holds {held}{called}; "
         "move it into a module of its own"
     )
+
+
+def _holds_another(site: AttentionSite, sites: list[AttentionSite]) -> bool:
+    """Whether the capture of an inline site's module would take the module of another along."""
+    inside = f"{site.path}."
+    return site.inline is not None and any(other.path.startswith(inside) for other in sites)
 
 
 class _LongMasks:

@@ -44,10 +44,7 @@ def graph_of(
         if not args and not kwargs:
             raise ValueError("example_inputs: expected those of one call of the graph, got none")
         gm = _export(gm, args, kwargs)
-    graph = copy.deepcopy(gm.graph)
-    for node in graph.nodes:  # where it ran before it was exported, which is no more
-        node.meta.pop("nn_module_stack", None)
-    return _graph_module(gm, graph)
+    return _graph_module(gm, copy.deepcopy(gm.graph))
 
 
 def outline_sites(

@@ -124,14 +124,19 @@ def _hidden_states(branches: list[Branch], path: str) -> Node:
 
 
 def check_parameters(draft: Draft, model: nn.Module) -> None:
-    """All weights are parameters, and nobody reads them past their module."""
+    """The attention's weights are parameters of the model."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in draft.parameters():
         if name not in parameters:
             raise NotProvable(f"the weight {name} is not a parameter of the model")
+
+
+def is_owner(draft: Draft, model: nn.Module) -> bool:
+    """Whether the module at the draft's path holds the attention's parameters and no others."""
     parent = model.get_submodule(draft.path.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer):
         raise NotProvable("nn.TransformerEncoderLayer reads into its attention; write it out")
+    return bool(draft.path) and not parameters_beside(draft, draft.path, model)
 
 
 def parameters_beside(draft: Draft, path: str, model: nn.Module) -> list[str]:

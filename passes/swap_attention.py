@@ -119,6 +119,8 @@ def swap_attention(
     Args:
         convention: None for the plain one recorded in the site.
     """
+    if site.inline is not None:
+        raise ValueError(f"site must have a module of its own, got one inline in {site.path!r}")
     original = model.get_submodule(site.path)
     if isinstance(original, SwappedAttention):
         raise ValueError(f"site.path must name an attention, got {site.path}, already swapped")
