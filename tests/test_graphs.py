@@ -53,7 +53,10 @@ GRAPHS = {
     "traced": lambda case: torch.fx.symbolic_trace(case.model),
 }
 FORMS = [(name, "program") for name in NAMES] + [
-    ("handwritten_rope", form) for form in GRAPHS if form not in ("program", "traced")
+    ("handwritten_rope", "its module"),
+    ("handwritten_rope", "its unguarded module"),
+    ("handwritten_rope", "captured"),
+    ("handwritten", "traced"),
 ]
 
 
@@ -92,11 +95,8 @@ def test_attention_for_attention_is_exact(name, form):
     assert names >= {f"{path}.mixer.q_proj.weight" for path in swapped(model)}
 
 
-@pytest.mark.parametrize(
-    ("name", "form"), [("handwritten_inline", "program"), ("handwritten", "traced")]
-)
-def test_result_trains_compiles_and_exports(name, form):
-    case, model = converted(name, form, "simple_gla")
+def test_result_trains_compiles_and_exports():
+    case, model = converted("handwritten_inline", "program", "simple_gla")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model.train(), fullgraph=True, backend=counter)
     for size in ((2, 20), (3, 33), (4, 70)):
