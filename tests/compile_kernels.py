@@ -24,7 +24,7 @@ from flacompile.ops.kernels import conv, dplr, linear_attn, scan, selective_scan
 from flacompile.ops.selective_scan import SPAN
 
 DECAYS = ("none", "g", "gk", "gv", "g gk", "g gv", "gk gv")
-DTYPES = {"bf16": "tf32", "fp16": "tf32", "fp32": "ieee"}
+DTYPES = {"bf16": "bf16", "fp16": "tf32", "fp32": "ieee"}  # and what their dots are
 SHAPES = ((128, 128), (64, 64), (256, 256), (16, 24))  # K, V
 
 
@@ -51,11 +51,13 @@ def linear_attn_variant(decay, dtype, K, V, reverse):
     diagonal = "gk" in given or "gv" in given
     kernel = linear_attn._diagonal_kernel if diagonal else linear_attn._scalar_kernel
     types = dict.fromkeys("qkvo", f"*{dtype}") | {"final_state": "*fp32", "state": "*fp32"}
-    types |= {"scale": "fp32", "T": "i32", "H": "i32"} | dict.fromkeys(given, "*fp32")
+    types |= {"scale": "fp32"} | dict.fromkeys(("T", "H", "SEGMENT", "SEGMENTS"), "i32")
+    types |= dict.fromkeys(given, "*fp32")
     if reverse:
         types |= {"cu_seqlens": "*i64", "o": "*fp32"}
-    meta = linear_attn.tiles(K, V, diagonal, dtype == "fp32")
-    constants = dict(K=K, V=V, REVERSE=reverse, PRECISION=DTYPES[dtype], **meta)
+    dot = DTYPES[dtype]
+    meta = linear_attn.tiles(K, V, len({"gk", "gv"} & {*given}), dot)
+    constants = dict(K=K, V=V, REVERSE=reverse, LIMIT=60.0, **meta, **linear_attn.DOTS[dot])
     name = f"linear_attn, {decay}{', reverse' if reverse else ''}, {dtype}, {K}x{V}"
     return Variant(name, kernel, types, constants)
 
@@ -112,7 +114,12 @@ def dplr_variants():
                 types |= {"k": f"*{dtype}", "v": f"*{dtype}"}
             if reverse:
                 types |= {"cu_seqlens": "*i64"}
-            constants = {"K": K, "V": V, "REVERSE": reverse, "PRECISION": DTYPES[dtype]}
+            constants = {
+                "K": K,
+                "V": V,
+                "REVERSE": reverse,
+                "PRECISION": linear_attn.DOTS[DTYPES[dtype]]["PRECISION"],
+            }
             constants |= dplr.tiles(K, V, dtype == "fp32")
             back = ", reverse" if reverse else ""
             name = f"dplr, {decay}, {writes} writes{back}, {dtype}, {K}x{V}"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flacompile.ops import spec
+from flacompile.ops.kernels import linear_attn as kernels
 from flacompile.ops.kernels.linear_attn import linear_attn_forward
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -115,6 +116,20 @@ def test_packed_is_separate(device, kinds, reverse, index):
         want_o, want_final = reference([*part, state[n : n + 1]], reverse)
         assert error(o[:, first:last], want_o) < TOLERANCE[torch.float32]
         assert error(final[n : n + 1], want_final) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("kinds", DECAYS[:1] + DECAYS[3::2])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bounds", [None, [0, 70, 70, 75]])
+def test_segments_are_the_whole(device, monkeypatch, kinds, reverse, bounds):
+    args = draw(device, 75, kinds, batch=1 if bounds else 2, strength=0.1)
+    args[5] = draw(device, 1, kinds, batch=3 if bounds else 2)[5]
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, device=device)
+    whole = linear_attn_forward(*args, cu_seqlens, 0.3, reverse)
+    monkeypatch.setattr(kernels, "SHORTEST", 20)
+    assert kernels.num_segments(4, 75) == 3
+    cut = linear_attn_forward(*args, cu_seqlens, 0.3, reverse)
+    assert all(error(a, b) < TOLERANCE[torch.float32] for a, b in zip(cut, whole, strict=True))
 
 
 @pytest.mark.parametrize("kinds", [("head", None), ("channel", "channel")])

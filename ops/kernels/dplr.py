@@ -25,19 +25,15 @@ from torch import Tensor
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import (
     _decay_sums,
+    _load,
+    _load_row,
     _load_state,
     _rows,
     _sequence,
+    _store_rows,
     _store_state,
-    _tile,
     linear_attn_forward,
 )
-
-
-@triton.jit
-def _row(pointer, row, inside, col, WIDTH: tl.constexpr):
-    mask = inside & (col < WIDTH)
-    return tl.load(pointer + row * WIDTH + col, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -77,11 +73,11 @@ def _sweep_kernel(
 
     for first in range(0, length, C):
         # 2. Load the chunk. What is absent is read as what is there, and never used.
-        row, _g_row, inside, _g_inside = _rows(first + i, start, length, h, H, REVERSE)
-        a_c = _tile(a, row, inside, kk, K)
-        b_c = _tile(b, row, inside, kk, K)
-        q_c = a_c if q is None else _tile(q, row, inside, kk, K)
-        k_c = b_c if k is None else _tile(k, row, inside, kk, K)
+        at, by, _later, inside, _g_inside = _rows(first, i, start, length, h, H, REVERSE)
+        a_c = _load(a, at, by, inside, kk, K).to(tl.float32)
+        b_c = _load(b, at, by, inside, kk, K).to(tl.float32)
+        q_c = a_c if q is None else _load(q, at, by, inside, kk, K).to(tl.float32)
+        k_c = b_c if k is None else _load(k, at, by, inside, kk, K).to(tl.float32)
 
         # 3. Products of the rows inside the chunk: read (A, Q) by write (u, v), j before i.
         if gk is None:
@@ -89,7 +85,7 @@ def _sweep_kernel(
             A_v = tl.dot(a_c, tl.trans(k_c), input_precision=PRECISION)
             Q_u = tl.dot(q_c, tl.trans(b_c), input_precision=PRECISION)
             Q_v = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
-            hi, lo, hi_own, lo_own, hi_end, lo_end = _decay_sums(g, row, inside)
+            hi, lo, hi_own, lo_own, hi_end, lo_end = _decay_sums(g, at, by, inside)
             hi_start, lo_start = hi - hi_own, lo - lo_own
             gaps = (hi_start[:, None] - hi[None, :]) + (lo_start[:, None] - lo[None, :])
             between = tl.where(lower, tl.exp(tl.where(lower, gaps, 0.0)), 0.0)
@@ -105,16 +101,18 @@ def _sweep_kernel(
             end = tl.zeros([BK], tl.float32)
             for step in range(C):
                 j = C - 1 - step
-                row_j, _g_row_j, in_j, _g_in_j = _rows(first + j, start, length, h, H, REVERSE)
+                at_j, _by_j, _later_j, in_j, _g_in_j = _rows(
+                    first + j, 0, start, length, h, H, REVERSE
+                )
                 is_j = (i[None, :] == j) & lower
-                b_j = _row(b, row_j, in_j, kk, K)
-                k_j = b_j if k is None else _row(k, row_j, in_j, kk, K)
+                b_j = _load_row(b, at_j, in_j, kk, K)
+                k_j = b_j if k is None else _load_row(k, at_j, in_j, kk, K)
                 decay = tl.exp(before)
                 A_u = _with_column(A_u, is_j, a_c * decay, b_j)
                 A_v = _with_column(A_v, is_j, a_c * decay, k_j)
                 Q_u = _with_column(Q_u, is_j, q_c * decay, b_j)
                 Q_v = _with_column(Q_v, is_j, q_c * decay, k_j)
-                g_j = _row(gk, row_j, in_j, kk, K)
+                g_j = _load_row(gk, at_j, in_j, kk, K)
                 before += tl.where((i > j)[:, None], g_j[None, :], 0.0)
                 after += tl.where((i < j)[:, None], g_j[None, :], 0.0)
                 end += g_j
@@ -124,13 +122,12 @@ def _sweep_kernel(
         # 4. Solve for u, which reads the state before the chunk and all writes since.
         U = tl.dot(a_c, S, input_precision=PRECISION)
         if c is not None:
-            U += _tile(c, row, inside, vv, V)
+            U += _load(c, at, by, inside, vv, V).to(tl.float32)
         if v is not None:
-            v_c = _tile(v, row, inside, vv, V)
+            v_c = _load(v, at, by, inside, vv, V).to(tl.float32)
             U += tl.dot(A_v, v_c, input_precision=PRECISION)
         U = tl.dot(_inverse(A_u, i, C), U, input_precision=PRECISION)
-        mask = inside[:, None] & (vv < V)[None, :]
-        tl.store(u + row[:, None] * V + vv[None, :], U, mask=mask)
+        _store_rows(U, u, at, by, inside, vv, V)
 
         # 5. Read o in the same way.
         if q is not None:
@@ -138,7 +135,7 @@ def _sweep_kernel(
             O += tl.dot(Q_u, U, input_precision=PRECISION)  # noqa: E741
             if v is not None:
                 O += tl.dot(Q_v, v_c, input_precision=PRECISION)  # noqa: E741
-            tl.store(o + row[:, None] * V + vv[None, :], O, mask=mask)
+            _store_rows(O, o, at, by, inside, vv, V)
 
         # 6. Take the chunk into the state.
         S *= S_decay
