@@ -51,6 +51,7 @@ class TransformersConvention(PlainConvention):
         # Models disagree on the argument's name: past_key_values, layer_past.
         caches = (v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length"))
         cache = next(caches, None)
+        cache = getattr(cache, "self_attention_cache", cache)  # of an encoder and a decoder
         slot = None if cache is None else state_layer(cache, self.layer)
         mask = kwargs.get("attention_mask") if self.padded else None
         if mask is not None:
@@ -68,7 +69,10 @@ def convention_of(model: nn.Module, site: AttentionSite) -> PlainConvention:
     plain = PlainConvention.of(site)
     if not is_transformers(model):
         return plain
-    index = model.get_submodule(site.path).layer_idx
+    module = model.get_submodule(site.path)
+    index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
+    if index is None:
+        raise ValueError(f"model: expected a layer_idx in each attention, got none in {site.path}")
     return TransformersConvention(**dataclasses.asdict(plain), layer=index)  # type: ignore[arg-type]
 
 

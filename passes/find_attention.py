@@ -5,10 +5,10 @@ back to its projections; what stands between is linear, so rotary embedding, hea
 are read off by probing. An attention is a site only if, rebuilt from the weights that were found,
 it gives the model's queries, keys, values and output; anything else is rejected with a reason.
 
-In a graph, or where a module does other things too, a site is inline: see ``outline``.
+Attention written out as products and a softmax is first folded into such a node. In a graph, or
+where a module does other things too, a site is inline: see ``outline``.
 
-Left out: ALiBi, soft-capped scores, norms other than RMSNorm, low-rank
-projections.
+Left out: ALiBi, norms other than RMSNorm, low-rank projections.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from .capture import (
     with_sdpa,
     without_cache,
 )
+from .check_model import check_model
 from .heads import projection_of, read_heads
 from .masks import allowed, window_of
 from .sites import (
@@ -58,14 +59,17 @@ from .structure import (
     is_owner,
     parameters_beside,
 )
+from .torch_modules import as_one_node
 from .verify import prove, rebuild
-from .walk import NotProvable, attention_nodes, module_stack, softmax_nodes, upwards
+from .walk import NotProvable, attention_nodes, module_stack, upwards
+from .written_out import fold_attention
 
 __all__ = [
     "AttentionSite", "AttentionWeights", "Findings", "NormSite", "Projection", "Rejected",
     "RotarySite", "describe", "find_attention", "switch_to_sdpa",
 ]  # fmt: skip
 
+_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")  # in a config
 _LONGEST_WINDOW = 4096  # a mask of that size squared is evaluated
 
 
@@ -78,7 +82,7 @@ def find_attention(
 
     The model is run in evaluation mode and left as it was. Masks are judged by value, so an
     example shows a sliding window only if it is longer than the window. For a model whose
-    config has `sliding_window`, the masks alone are computed again on longer token ids
+    config names a window, the masks alone are computed again on longer token ids
     (window + 2, for windows up to 4096); in any other model give an example that is long enough.
 
     Args:
@@ -86,13 +90,13 @@ def find_attention(
             that has config.vocab_size. Sequences of full length, without padding.
         example_kwargs: keyword inputs of that call; use_cache=False is added where it is known.
     """
+    check_model(model)
     example_inputs, kwargs = example_call(model, example_inputs, example_kwargs or {})
-    _check_rope(model)
     with evaluating(model):
-        with with_sdpa(model) as note:
-            gm = capture(model, example_inputs, kwargs)
+        with with_sdpa(model) as note, as_one_node(model):
+            gm = _captured(model, example_inputs, kwargs)
+            drafts, rejected = _drafts(gm)
             masks = _LongMasks(model, gm)
-            drafts, rejected = _drafts(gm, model)
             paths = {path for draft in drafts.values() for path in upwards(draft.path)}
             calls = record_calls(model, paths, example_inputs, kwargs)
         # What the model computes as it came, should the switch to sdpa change it.
@@ -125,30 +129,14 @@ def find_attention(
     return Findings(tuple(sites), tuple(rejected), gm, (note,) if note else ())
 
 
-def _check_rope(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
-            raise ValueError(
-                f"rope_type of {path} must keep its frequencies at all lengths, "
-                f"got {module.rope_type}"
-            )
-
-
-def _drafts(gm: GraphModule, model: nn.Module) -> tuple[dict[int, Draft], list[Rejected]]:
+def _drafts(gm: GraphModule) -> tuple[dict[int, Draft], list[Rejected]]:
     """Attentions that the graph's structure allows, by their number, and the other ones."""
     drafts: dict[int, Draft] = {}
     rejected = [
-        Rejected(
-            (module_stack(node) or [""])[-1],
-            "attention is written out as a softmax; use scaled_dot_product_attention",
-        )
-        for node in softmax_nodes(gm)
+        Rejected((module_stack(node) or [""])[-1], reason) for node, reason in fold_attention(gm)
     ]
-    cap = getattr(getattr(model, "config", None), "attn_logit_softcapping", None)
     for index, node in enumerate(attention_nodes(gm)):
         try:
-            if cap is not None:
-                raise NotProvable(f"scores are soft-capped at {cap}")
             drafts[index] = draft_of(node)
         except NotProvable as reason:
             rejected.append(Rejected((module_stack(node) or [""])[-1], str(reason)))
@@ -191,11 +179,23 @@ def _holds_another(site: AttentionSite, sites: list[AttentionSite]) -> bool:
     return site.inline is not None and any(other.path.startswith(inside) for other in sites)
 
 
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
+    try:
+        return capture(model, args, kwargs)
+    except Exception as error:
+        raise ValueError(
+            "model: expected one that torch.export captures on the example, got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
 class _LongMasks:
-    """Masks on token ids longer than config.sliding_window, where that can be checked."""
+    """Masks on token ids longer than the window in the config, where that can be checked."""
 
     def __init__(self, model: nn.Module, gm: GraphModule):
-        self.declared = getattr(getattr(model, "config", None), "sliding_window", None)
+        config = getattr(model, "config", None)
+        windows = [getattr(config, name, None) for name in _WINDOWS]
+        self.declared = max((w for w in windows if isinstance(w, int)), default=0)
         times = [AttentionArgs.of(n).query.meta["val"].shape[-2] for n in attention_nodes(gm)]
         self.needed = bool(self.declared and times and max(times) <= self.declared)
         self.values: Values = {}
@@ -204,6 +204,7 @@ class _LongMasks:
             inputs = (default_ids(model, 1, self.declared + 2),)
             kwargs = without_cache(model, {})
             long = capture(model, inputs, kwargs)
+            fold_attention(long)
             self.values, self.nodes = known_inputs(long, inputs, kwargs), attention_nodes(long)
 
     def window(self, index: int, draft: Draft, values: Values) -> int | None:
@@ -211,7 +212,9 @@ class _LongMasks:
         if not self.needed:
             return _window(draft.args, values)
         if self.declared > _LONGEST_WINDOW:
-            raise NotProvable(f"sliding_window={self.declared} is too long to be checked")
+            raise NotProvable(
+                f"a window of {self.declared} is in the config, too long to be checked"
+            )
         _window(draft.args, values)
         return _window(AttentionArgs.of(self.nodes[index]), self.values)
 
@@ -231,7 +234,9 @@ def _site(
 ) -> AttentionSite:
     """The site of a draft; raises NotProvable where a value contradicts it."""
     call, own_call = calls
-    x = values[draft.x]
+    x, time = values[draft.x], draft.args.query.meta["val"].shape[-2]
+    x = x.transpose(0, 1) if x.dim() == 3 and x.shape[1] != time else x
+    x_arg, time_first = find_hidden_states(call.args, call.kwargs, x)
     heads = read_heads(draft, model, values)
     site = AttentionSite(
         path=draft.path,
@@ -249,11 +254,14 @@ def _site(
         q_norm=heads.q_norm,
         k_norm=heads.k_norm,
         window=window,
-        x_arg=find_hidden_states(call.args, call.kwargs, x),
+        softcap=draft.args.softcap,
+        x_arg=x_arg,
+        time_first=time_first,
     )
     rebuilt = rebuild(site, model, x)
     seen = {branch.name: values[branch.end] for branch in (draft.q, draft.k, draft.v)}
     prove(rebuilt, seen, {"queries": heads.q_gain, "keys": heads.k_gain})
-    find_result(own_call.result, rebuilt["output"], alone=False)
-    num_results, index = find_result(call.result, rebuilt["output"])
+    y = rebuilt["output"].transpose(0, 1) if time_first else rebuilt["output"]
+    find_result(own_call.result, y, alone=False)
+    num_results, index = find_result(call.result, y, unused=draft.unused)
     return replace(site, num_results=num_results, result_index=index)

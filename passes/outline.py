@@ -26,6 +26,7 @@ from .capture import ModuleCall, evaluating, example_call, record_calls
 from .sites import AttentionSite, NormSite, Projection
 from .structure import Draft, draft_of
 from .walk import attention_nodes, op_name, upwards
+from .written_out import fold_attention
 
 _OWNER = "flacompile.owner"  # in a captured block's meta: the module that it replaced
 
@@ -44,7 +45,9 @@ def graph_of(
         if not args and not kwargs:
             raise ValueError("example_inputs: expected those of one call of the graph, got none")
         gm = _export(gm, args, kwargs)
-    return _graph_module(gm, copy.deepcopy(gm.graph))
+    copied = _graph_module(gm, copy.deepcopy(gm.graph))
+    fold_attention(copied)
+    return copied
 
 
 def outline_sites(
@@ -119,6 +122,7 @@ def _block(owner: nn.Module, path: str, call: ModuleCall) -> GraphModule:
         return graph_of(owner, call.args, call.kwargs) if path else owner
     with evaluating(owner):
         exported = _export(owner, call.args, call.kwargs)
+        fold_attention(exported)
     for node in attention_nodes(exported):
         batch, _, time, _ = shape = node.meta["val"].shape
         if isinstance(batch, int) or isinstance(time, int):

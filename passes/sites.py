@@ -86,6 +86,8 @@ class AttentionWeights(NamedTuple):
 class AttentionSite:
     """One causal self-attention, proved: y = o(softmax(scale * q kᵀ) v).
 
+    With a softcap c the softmax is over c tanh(scale * q kᵀ / c).
+
     Args:
         path: module to swap. owner: its class name.
         window: a token sees itself and the window - 1 before it; None for all before it.
@@ -94,6 +96,7 @@ class AttentionSite:
         result_index: where y stands in that tuple.
         inline: None where the module at `path` is the attention. Else that module does other
             things too, and this is which of the attentions inside it; ``outline`` makes a module.
+        time_first: hidden states and y are [T, B, D].
     """
 
     path: str
@@ -111,10 +114,12 @@ class AttentionSite:
     q_norm: NormSite | None = None
     k_norm: NormSite | None = None
     window: int | None = None
+    softcap: float | None = None
     x_arg: int | str = 0
     num_results: int | None = None
     result_index: int = 0
     inline: int | None = None
+    time_first: bool = False
 
     def weights(self, model: nn.Module) -> AttentionWeights:
         """The site's tensors out of `model`, which must still hold the attention at `path`."""
@@ -172,7 +177,9 @@ def _rotary_text(rotary: RotarySite | None) -> str:
 def describe_site(site: AttentionSite) -> str:
     """One site as a few lines of text."""
     returns = "y" if site.num_results is None else f"{site.result_index} of {site.num_results}"
+    returns += ", time first" if site.time_first else ""
     window = f", window {site.window}" if site.window else ""
+    window += f", soft-capped at {site.softcap:g}" if site.softcap else ""
     lines = [
         f"{site.path} ({site.owner}): hidden {site.hidden_size}, heads {site.num_heads}/"
         f"{site.num_kv_heads} x {site.head_dim}, scale {site.scale:.4g}, causal{window}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -26,7 +27,7 @@ from .walk import (
 
 @dataclass(frozen=True)
 class AttentionArgs:
-    """Arguments of scaled_dot_product_attention by name."""
+    """Arguments of scaled_dot_product_attention by name, and the cap of a soft-capped one."""
 
     query: Node
     key: Node
@@ -36,10 +37,11 @@ class AttentionArgs:
     is_causal: bool = False
     scale: float | None = None
     enable_gqa: bool = False
+    softcap: float | None = None
 
     @classmethod
     def of(cls, node: Node) -> AttentionArgs:
-        """Reads a node of aten.scaled_dot_product_attention."""
+        """Reads one of the nodes that ``attention_nodes`` lists."""
         return cls(*node.args, **node.kwargs)
 
 
@@ -47,7 +49,8 @@ class AttentionArgs:
 class Draft:
     """One attention as the graph's structure tells it; values still have to prove it.
 
-    x is what is projected, y the output projection's result, both [B, T, D].
+    x is what is projected, y the output projection's result, both [B, T, D]; `unused` is the shape
+    of softmax's result where the model has it and uses it for nothing else.
     """
 
     path: str
@@ -59,6 +62,7 @@ class Draft:
     o: ProjectionNode
     x: Node
     y: Node
+    unused: torch.Size | None
 
     def wanted(self) -> set[Node]:
         """Nodes whose values the proof needs."""
@@ -83,17 +87,18 @@ def draft_of(attention: Node) -> Draft:
         walk_back(name, end)
         for name, end in (("queries", args.query), ("keys", args.key), ("values", args.value))
     ]
+    o = walk_forward(attention)
+    path = owner_path([attention, *(b.projection.node for b in branches), o.node])
+    x = _hidden_states(branches, path)
     norms = {branch.name: match_norm(branch) for branch in branches}
     for branch in branches:
         norm = norms[branch.name]
         check_linear(branch, norm.inside if norm else frozenset())
     if norms["values"]:
         raise NotProvable("the values have a norm")
-    o = walk_forward(attention)
     q, k, v = branches
-    path = owner_path([attention, *(b.projection.node for b in branches), o.node])
-    x = _hidden_states([q, k, v], path)
-    return Draft(path, args, q, k, v, norms, o, x, _in_layout_of(x, o.node))
+    y = _in_layout_of(x, o.node)
+    return Draft(path, args, q, k, v, norms, o, x, y, attention.meta.get("weights"))
 
 
 def owner_path(nodes: list[Node]) -> str:
@@ -118,7 +123,10 @@ def _hidden_states(branches: list[Branch], path: str) -> Node:
         if source is sources[0]:
             continue
         if path and any(path in module_stack(n) for n in (source, sources[0])):
-            raise NotProvable(f"{branch.name} and queries are not projections of the same tensor")
+            raise NotProvable(
+                f"queries and {branch.name} are projections of different tensors made inside the "
+                "module (low-rank, as in latent attention), which no mixer takes over"
+            )
         raise NotProvable(f"cross-attention: {branch.name} come from another input than queries")
     return sources[0]
 
@@ -133,9 +141,6 @@ def check_parameters(draft: Draft, model: nn.Module) -> None:
 
 def is_owner(draft: Draft, model: nn.Module) -> bool:
     """Whether the module at the draft's path holds the attention's parameters and no others."""
-    parent = model.get_submodule(draft.path.rpartition(".")[0])
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        raise NotProvable("nn.TransformerEncoderLayer reads into its attention; write it out")
     return bool(draft.path) and not parameters_beside(draft, draft.path, model)
 
 
@@ -145,20 +150,27 @@ def parameters_beside(draft: Draft, path: str, model: nn.Module) -> list[str]:
     return [n for n, p in model.get_submodule(path).named_parameters() if id(p) not in used]
 
 
-def find_hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> int | str:
-    """Where x stands in a module's call."""
+def find_hidden_states(
+    args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+) -> tuple[int | str, bool]:
+    """Where x [B, T, D] stands in a module's call, and whether it stands there as [T, B, D]."""
     for key, value in [*enumerate(args), *kwargs.items()]:
         if isinstance(value, Tensor) and agrees(value, x, x.dtype):
-            return key
+            return key, False
+        if isinstance(value, Tensor) and agrees(value, x.transpose(0, 1), x.dtype):
+            return key, True
     raise NotProvable("what is projected is not an argument of the module as it is")
 
 
-def find_result(result: Any, y: Tensor, *, alone: bool = True) -> tuple[int | None, int]:
+def find_result(
+    result: Any, y: Tensor, *, alone: bool = True, unused: torch.Size | None = None
+) -> tuple[int | None, int]:
     """(None, 0) where a module returns y, else (length, index) of the tuple it stands in.
 
     Args:
         y: the output rebuilt from the weights that were found, [B, T, D].
         alone: nothing else may stand in the tuple.
+        unused: but a tensor of this shape may, which nothing uses.
     """
 
     def is_y(value: Any) -> bool:
@@ -169,7 +181,10 @@ def find_result(result: Any, y: Tensor, *, alone: bool = True) -> tuple[int | No
     places = [i for i, v in enumerate(result) if is_y(v)] if isinstance(result, tuple) else []
     if not places:
         raise NotProvable("the module does not return the output rebuilt from the weights found")
-    extra = [i for i, value in enumerate(result) if i != places[0] and value is not None]
+    extra = [
+        i for i, value in enumerate(result)
+        if i != places[0] and value is not None and getattr(value, "shape", None) != unused
+    ]  # fmt: skip
     if extra and alone:
         raise NotProvable(f"the module also returns something at index {extra[0]} of its tuple")
     return len(result), places[0]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .sites import AttentionSite
+from .torch_modules import take_place
 
 Route = Literal["mixer", "original", "zero"]
 
@@ -43,31 +44,39 @@ class Convention(Protocol):
 
 @dataclass(frozen=True)
 class PlainConvention:
-    """No cache and no mask: x in, y out in the shape the original returned it.
+    """No cache: x in, y out in the shape the original returned it.
 
-    Entries of a returned tuple other than y are None.
+    Entries of a returned tuple other than y are None. The one mask that is read is PyTorch's
+    key_padding_mask, [B, T], True or -inf at padding. With `time_first` the model's x and y are
+    [T, B, D].
     """
 
     x_arg: int | str = 0
     num_results: int | None = None
     result_index: int = 0
+    time_first: bool = False
 
     @classmethod
     def of(cls, site: AttentionSite) -> PlainConvention:
         """The convention that was recorded when the site was found."""
-        return cls(site.x_arg, site.num_results, site.result_index)
+        return cls(site.x_arg, site.num_results, site.result_index, site.time_first)
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        return Call(kwargs[self.x_arg] if isinstance(self.x_arg, str) else args[self.x_arg])
+        x = kwargs[self.x_arg] if isinstance(self.x_arg, str) else args[self.x_arg]
+        padding = kwargs.get("key_padding_mask")
+        mask = None if padding is None else padding.to(torch.bool).logical_not()
+        return Call(x.transpose(0, 1) if self.time_first else x, mask=mask)
 
     def write(self, call: Call, y: Tensor, state: Any) -> Any:
+        y = y.transpose(0, 1) if self.time_first else y
         if self.num_results is None:
             return y
         return tuple(y if i == self.result_index else None for i in range(self.num_results))
 
     def output(self, result: Any) -> Tensor:
         """y out of what the attention returned: the inverse of ``write``."""
-        return result if self.num_results is None else result[self.result_index]
+        y = result if self.num_results is None else result[self.result_index]
+        return y.transpose(0, 1) if self.time_first else y
 
 
 class SwappedAttention(nn.Module):
@@ -125,6 +134,7 @@ def swap_attention(
     if isinstance(original, SwappedAttention):
         raise ValueError(f"site.path must name an attention, got {site.path}, already swapped")
     swapped = SwappedAttention(mixer, original, convention or PlainConvention.of(site))
+    take_place(swapped, original)
     swapped.train(original.training)
     swapped.trained = tuple(p for p in original.parameters() if p.requires_grad)
     original.requires_grad_(False)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .sites import AttentionSite, NormSite, RotarySite
 from .walk import NotProvable
+from .written_out import softcapped_attention
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
@@ -64,9 +65,12 @@ def rebuild(site: AttentionSite, model: nn.Module, x: Tensor) -> dict[str, Tenso
     time = x.shape[1]
     mask = torch.ones(time, time, dtype=torch.bool, device=x.device).tril()
     mask = mask.triu(1 - site.window) if site.window else mask
-    y = nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, scale=site.scale, enable_gqa=site.num_kv_heads != site.num_heads
-    )
+    if site.softcap is not None:
+        y = softcapped_attention(q, k, v, mask, scale=site.scale, softcap=site.softcap)
+    else:
+        y = nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, scale=site.scale, enable_gqa=site.num_kv_heads != site.num_heads
+        )
     bias = None if w.o_bias is None else w.o_bias.float()
     y = nn.functional.linear(y.transpose(1, 2).flatten(-2), w.o_weight.float(), bias)
     return {"queries": q, "keys": k, "values": v, "output": y}

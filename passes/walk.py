@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from torch.fx import GraphModule, Node
-
-aten = torch.ops.aten
 
 
 class NotProvable(Exception):
@@ -20,7 +17,7 @@ _LAYOUT = {
     "numpy_T", "mT", "unsqueeze", "squeeze", "expand", "expand_as", "contiguous", "clone", "alias",
     "detach", "detach_", "split", "split_with_sizes", "chunk", "unbind", "select", "slice",
     "unflatten", "flatten", "repeat", "repeat_interleave", "narrow", "movedim", "swapaxes",
-    "swapdims", "lift_fresh_copy",
+    "swapdims", "lift_fresh_copy", "index", "broadcast_to",
 }  # fmt: skip
 CASTS = {"to", "_to_copy", "type_as", "float", "_assert_tensor_metadata"}
 _LINEAR = {
@@ -66,7 +63,7 @@ class ProjectionNode:
     bias: str | None
 
 
-def parameter_name(node: Node | None) -> str | None:
+def parameter_name(node: object) -> str | None:
     """Name of the parameter that a get_attr node, maybe cast, reads; None for anything else."""
     while isinstance(node, Node) and op_name(node) in CASTS and node.op == "call_function":
         node = node.args[0]
@@ -76,6 +73,8 @@ def parameter_name(node: Node | None) -> str | None:
 def read_projection(node: Node) -> ProjectionNode | None:
     """The projection at this node, None if it is something else."""
     name = op_name(node)
+    if node.op == "call_function" and name == "add":
+        return _with_bias(node)
     if node.op != "call_function" or name not in _PROJECTIONS:
         return None
     if name == "linear":
@@ -90,6 +89,19 @@ def read_projection(node: Node) -> ProjectionNode | None:
     if fqn is None or (bias is not None and parameter_name(bias) is None):
         return None
     return ProjectionNode(node, x, fqn, transposed, parameter_name(bias))
+
+
+def _with_bias(add: Node) -> ProjectionNode | None:
+    """A product with a parameter whose bias is added in a step of its own."""
+    product, bias = add.args[:2]
+    if not isinstance(product, Node) or parameter_name(bias) is None or _dims(bias) != 1:
+        return None
+    found = read_projection(product)
+    return replace(found, node=add, bias=parameter_name(bias)) if found and not found.bias else None
+
+
+def _dims(node: Node) -> int:
+    return node.meta["val"].dim()
 
 
 @dataclass(frozen=True)
@@ -168,7 +180,8 @@ def walk_forward(attention: Node) -> ProjectionNode:
         node = users[0]
         projection = read_projection(node)
         if projection is not None:
-            return projection
+            after = next(iter(node.users)) if len(node.users) == 1 else None
+            return (after and read_projection(after)) or projection
         if not is_layout(node):
             raise NotProvable(f"{_step(node)} between attention and output projection")
 
@@ -185,26 +198,9 @@ def upwards(path: str) -> list[str]:
 
 
 def attention_nodes(gm: GraphModule) -> list[Node]:
-    """The scaled_dot_product_attention nodes, in order."""
-    return [n for n in gm.graph.nodes if n.target is aten.scaled_dot_product_attention.default]
-
-
-def softmax_nodes(gm: GraphModule) -> list[Node]:
-    """Softmax over a product of two computed tensors: an attention written out."""
-    return [
-        n for n in gm.graph.nodes
-        if op_name(n) in ("softmax", "_softmax") and _scores_behind(n)
-    ]  # fmt: skip
-
-
-def _scores_behind(softmax: Node) -> bool:
-    nodes, seen = [softmax.args[0]], 0
-    while nodes and seen < 12:
-        node, seen = nodes.pop(0), seen + 1
-        if op_name(node) in ("matmul", "bmm", "baddbmm", "einsum"):
-            return read_projection(node) is None
-        nodes.extend(node.all_input_nodes)
-    return False
+    """The attentions that are one node, in order."""
+    names = ("scaled_dot_product_attention", "softcapped_attention")
+    return [n for n in gm.graph.nodes if n.op == "call_function" and op_name(n) in names]
 
 
 def describe_graph(gm: GraphModule, path: str) -> str:

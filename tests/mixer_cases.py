@@ -39,6 +39,7 @@ VARIANTS = {
         "window": {"window_size": 5, "num_kv_heads": 2},
         "no_rotary": {"rope_theta": None},
         "qk_norm_default": {"qk_norm": True},
+        "softcap": {"logit_softcapping": 0.5, "window_size": 5, "num_kv_heads": 2},
     },
     "bitattn": {
         "window": {"window_size": 5, "num_kv_heads": 2},
@@ -147,6 +148,7 @@ VARIANTS = {
     },
     "mla": {
         "yarn": {"rope_scaling": YARN, "window_size": 5},
+        "softcap": {"logit_softcapping": 0.5},
         "default": {},
         "plain_q": {"q_lora_rank": None, "qk_bias": True, "o_bias": True, "rope_theta": None},
         "converted": {

@@ -1,4 +1,7 @@
-"""Tiny models with random weights: MODELS can be converted, REJECTED must be left alone."""
+"""Tiny models with random weights.
+
+All of MODELS can be converted, nothing of REJECTED, and of MIXED some; what is left has a reason.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,25 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
+from handwritten import (
+    DIM,
+    GPT,
+    HEADS,
+    LAYERS,
+    TIME,
+    VOCAB,
+    Block,
+    CrossModel,
+    Einsum,
+    Encoder,
+    InlineBlock,
+    InlineSoftmax,
+    Multihead,
+    PackedAttention,
+    RotaryAttention,
+    WrittenOut,
+)
 from torch import Tensor, nn
-
-VOCAB, DIM, LAYERS, HEADS, TIME = 64, 32, 2, 4, 20
 
 
 class Case(NamedTuple):
@@ -20,169 +39,6 @@ class Case(NamedTuple):
     model: nn.Module
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then the same with an MLP."""
-
-    def __init__(self, attention: nn.Module):
-        super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
-        self.attention = attention
-        self.mlp = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm_1(x))
-        return x + self.mlp(self.norm_2(x))
-
-
-class GPT(nn.Module):
-    """A language model written by hand over any block."""
-
-    def __init__(self, block: Callable[[], nn.Module], positions: bool = True):
-        super().__init__()
-        self.tokens = nn.Embedding(VOCAB, DIM)
-        self.positions = nn.Embedding(128, DIM) if positions else None
-        self.blocks = nn.ModuleList(block() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(DIM)
-        self.head = nn.Linear(DIM, VOCAB, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids)
-        if self.positions is not None:
-            x = x + self.positions(torch.arange(ids.shape[1], device=ids.device))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-class PackedAttention(nn.Module):
-    """One nn.Linear for queries, keys and values; options that make it convertible or not."""
-
-    def __init__(
-        self,
-        is_causal: bool = True,
-        dropout: float = 0.0,
-        mask: Callable[[int], Tensor] | None = None,
-        factor: float = 1.0,
-        per_head: bool = False,
-    ):
-        super().__init__()
-        self.qkv, self.out = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
-        self.is_causal, self.dropout, self.mask = is_causal, dropout, mask
-        self.factor, self.per_head = factor, per_head
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, time, _ = x.shape
-        if self.per_head:  # rows of a head stand together: q, k, v of head 0, then of head 1
-            qkv = self.qkv(x).view(batch, time, HEADS, 3, -1).permute(3, 0, 2, 1, 4)
-        else:
-            qkv = self.qkv(x).view(batch, time, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        y = F.scaled_dot_product_attention(
-            q * self.factor,
-            k,
-            v,
-            attn_mask=self.mask(time) if self.mask else None,
-            dropout_p=self.dropout,
-            is_causal=self.is_causal,
-        )
-        return self.out(y.transpose(1, 2).reshape(batch, time, DIM))
-
-
-class RotaryAttention(nn.Module):
-    """In the manner of llama2.c: separate weights, interleaved rotation, repeated key heads."""
-
-    def __init__(self, form: str = "complex", kv_heads: int = 2):
-        super().__init__()
-        self.form, self.kv_heads, self.head_dim = form, kv_heads, DIM // HEADS
-        kv_dim = kv_heads * self.head_dim
-        self.wq, self.wo = nn.Linear(DIM, DIM, bias=False), nn.Linear(DIM, DIM, bias=False)
-        self.wk, self.wv = nn.Linear(DIM, kv_dim, bias=False), nn.Linear(DIM, kv_dim, bias=False)
-        freq = 1.0 / (10000.0 ** (torch.arange(0, self.head_dim, 2).float() / self.head_dim))
-        angle = torch.outer(torch.arange(128).float(), freq)  # [T, K/2]
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
-
-    def rotate(self, x: Tensor) -> Tensor:
-        cos, sin = (t[: x.shape[1], None] for t in (self.cos, self.sin))
-        if self.form == "complex":
-            pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-            return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(3).type_as(x)
-        a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, time, _ = x.shape
-        q = self.rotate(self.wq(x).view(batch, time, HEADS, -1))
-        k = self.rotate(self.wk(x).view(batch, time, self.kv_heads, -1))
-        v = self.wv(x).view(batch, time, self.kv_heads, -1)
-        group = HEADS // self.kv_heads
-        if self.form == "complex":
-            k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=self.form != "complex"
-        )
-        return self.wo(y.transpose(1, 2).reshape(batch, time, -1))
-
-
-class InlineBlock(nn.Module):
-    """Attention and MLP in one module."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(DIM)
-        self.qkv, self.out = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
-        self.mlp = nn.Linear(DIM, DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, HEADS, -1)).unbind(-3)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).flatten(-2))
-        return x + self.mlp(x).relu()
-
-
-class CrossAttention(nn.Module):
-    """Keys and values from a second input."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
-        self.v, self.out = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        q, k, v = (
-            layer(t).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-            for layer, t in ((self.q, x), (self.k, memory), (self.v, memory))
-        )
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
-
-
-class CrossModel(nn.Module):
-    """One cross-attention between two float inputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention = CrossAttention()
-        self.norm = nn.LayerNorm(DIM)
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        return self.norm(x + self.attention(x, memory))
-
-
-class WrittenOut(PackedAttention):
-    """Softmax of a product, by hand."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        time = x.shape[1]
-        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).unbind(-3)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        scores = q @ k.mT / math.sqrt(q.shape[-1])
-        hidden = torch.ones(time, time, dtype=torch.bool).triu(1)
-        y = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
-        return self.out(y.transpose(1, 2).flatten(-2))
 
 
 def _ids(batch: int = 2, time: int = TIME) -> Tensor:
@@ -201,11 +57,17 @@ def _sharpen(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _hf(config_class: type, model_class: type, **options: Any) -> Callable[[], Case]:
+def _hf(
+    config_class: type, model_class: type, inputs: dict[str, Tensor] | None = None, **options: Any
+) -> Callable[[], Case]:
+    """Builder of a transformers model; without inputs it reads token ids."""
+    if inputs is None or "input_ids" in inputs or "decoder_input_ids" in inputs:
+        options = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0} | options
+
     def build() -> Case:
         torch.manual_seed(0)
-        config = config_class(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **options)
-        return Case(_sharpen(model_class(config)), (_ids(),), {})
+        model = _sharpen(model_class(config_class(**options)))
+        return Case(model, (_ids(),), {}) if inputs is None else Case(model, (), inputs)
 
     return build
 
@@ -230,16 +92,22 @@ def _gpt2(**options: Any) -> Callable[[], Case]:
 
 
 def _own(attention: Callable[[], nn.Module], positions: bool = True) -> Callable[[], Case]:
+    return _plain(lambda: GPT(lambda: Block(attention()), positions))
+
+
+def _plain(model: Callable[[], nn.Module]) -> Callable[[], Case]:
     def build() -> Case:
         torch.manual_seed(0)
-        return Case(_sharpen(GPT(lambda: Block(attention()), positions)), (_ids(),), {})
+        return Case(_sharpen(model()), (_ids(),), {})
 
     return build
 
 
-def _inline() -> Case:
-    torch.manual_seed(0)
-    return Case(_sharpen(GPT(InlineBlock)), (_ids(),), {})
+def falcon(**options: Any) -> Callable[[], Case]:
+    """Builder of a Falcon."""
+    shape = {"hidden_size": DIM, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    config, model = transformers.FalconConfig, transformers.FalconForCausalLM
+    return _hf(config, model, **(shape | {"alibi": False} | options))
 
 
 def _inline_root() -> Case:
@@ -253,16 +121,27 @@ def _cross() -> Case:
     return Case(_sharpen(CrossModel()), (x, memory), {})
 
 
-def _bert() -> Case:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=DIM,
-        intermediate_size=DIM,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-    )
-    return Case(_sharpen(transformers.BertModel(config)), (_ids(),), {})
+def _encoder(
+    config: type, model: type, inputs: dict[str, Tensor] | None = None, **options: Any
+) -> Callable[[], Case]:
+    shape = {
+        "hidden_size": DIM,
+        "intermediate_size": DIM,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+    }
+    return _hf(config, model, inputs, **(shape | options))
+
+
+def _encoder_decoder(name: str, inputs: dict[str, Tensor], **options: Any) -> Callable[[], Case]:
+    config = getattr(transformers, name + "Config")
+    model = getattr(transformers, name + "ForConditionalGeneration")
+    shape = {
+        f"{side}_{key}": value
+        for side in ("encoder", "decoder")
+        for key, value in {"layers": LAYERS, "attention_heads": HEADS, "ffn_dim": DIM}.items()
+    }
+    return _hf(config, model, inputs, d_model=DIM, pad_token_id=0, **(shape | options))
 
 
 def _dilated(time: int) -> Tensor:
@@ -292,6 +171,24 @@ MODELS: dict[str, Callable[[], Case]] = {
     ),
     "qwen2": llama("Qwen2"),
     "qwen3": llama("Qwen3", head_dim=16),
+    "gemma2": llama(
+        "Gemma2",
+        head_dim=16,
+        sliding_window=8,
+        query_pre_attn_scalar=12,
+        attn_logit_softcapping=1.5,
+    ),
+    "gemma3": llama(
+        "Gemma3Text",
+        "Gemma3",
+        head_dim=16,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "phi3": llama("Phi3", pad_token_id=0),
+    "starcoder2": llama("Starcoder2", sliding_window=8),
+    "smollm3": llama("SmolLM3", no_rope_layer_interval=2, pad_token_id=0),
+    "mixtral": llama("Mixtral", num_local_experts=4),
     "mistral": llama("Mistral", sliding_window=8),
     "olmo2": llama("Olmo2"),
     "gpt2": _gpt2(),
@@ -305,15 +202,77 @@ MODELS: dict[str, Callable[[], Case]] = {
         max_position_embeddings=128,
         rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 1e4},
     ),
+    "gptj": _hf(
+        transformers.GPTJConfig,
+        transformers.GPTJForCausalLM,
+        n_embd=DIM,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        n_positions=128,
+        rotary_dim=4,
+    ),
+    "gpt_neo": _hf(
+        transformers.GPTNeoConfig,
+        transformers.GPTNeoForCausalLM,
+        hidden_size=DIM,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        attention_types=[[["global", "local"], 1]],
+        window_size=30,
+        max_position_embeddings=128,
+    ),
+    "falcon": falcon(num_kv_heads=2, new_decoder_architecture=True),
+    "falcon_mqa": falcon(),
+    "falcon_bias": falcon(multi_query=False, parallel_attn=False, bias=True),
     "handwritten": _own(PackedAttention),
     "handwritten_per_head": _own(lambda: PackedAttention(per_head=True, factor=0.5)),
     "handwritten_rope": _own(RotaryAttention, positions=False),
     "handwritten_even_odd": _own(lambda: RotaryAttention("even_odd"), positions=False),
-    "handwritten_inline": _inline,
+    "handwritten_inline": _plain(lambda: GPT(InlineBlock)),
+    "handwritten_inline_softmax": _plain(lambda: GPT(InlineSoftmax)),
+    "handwritten_softmax": _own(WrittenOut),
+    "handwritten_einsum": _own(Einsum),
+    "handwritten_multihead": _own(Multihead),
+    "handwritten_encoder": _plain(Encoder),
+    "handwritten_time_first": _plain(lambda: Encoder(batch_first=False)),
 }
 
 REJECTED: dict[str, tuple[Callable[[], Case], str]] = {
-    "bert": (_bert, "bidirectional"),
+    "bert": (_encoder(transformers.BertConfig, transformers.BertModel), "bidirectional"),
+    "vit": (
+        _encoder(
+            transformers.ViTConfig,
+            transformers.ViTModel,
+            {"pixel_values": torch.linspace(-1, 1, 384).view(2, 3, 8, 8).sin()},
+            image_size=8,
+            patch_size=4,
+        ),
+        "bidirectional",
+    ),
+    "falcon_alibi": (falcon(alibi=True), "the mask adds a bias to the scores (ALiBi"),
+    "bloom": (
+        _hf(
+            transformers.BloomConfig,
+            transformers.BloomForCausalLM,
+            hidden_size=DIM,
+            n_layer=LAYERS,
+            n_head=HEADS,
+        ),
+        "attention is written out as a softmax, and its product adds a bias to the scores",
+    ),
+    "deepseek": (
+        llama(
+            "DeepseekV3",
+            num_key_value_heads=HEADS,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=4,
+            v_head_dim=8,
+            first_k_dense_replace=LAYERS,
+        ),
+        "queries and keys are projections of different tensors made inside the module (low-rank",
+    ),
     "bidirectional": (_own(lambda: PackedAttention(is_causal=False)), "bidirectional"),
     "inline_root": (_inline_root, "attention is inline in InlineBlock (the model itself)"),
     "cross": (_cross, "cross-attention: keys come from another input than queries"),
@@ -326,5 +285,25 @@ REJECTED: dict[str, tuple[Callable[[], Case], str]] = {
         _own(lambda: PackedAttention(is_causal=False, mask=_alibi)),
         "the mask adds a bias to the scores",
     ),
-    "written_out": (_own(WrittenOut), "attention is written out as a softmax"),
+    "sinks": (
+        _own(lambda: WrittenOut(lambda s: F.pad(s, (0, 1)).softmax(-1)[..., :-1])),
+        "attention is written out as a softmax, and pad stands between its product and the softmax",
+    ),
+    "softmax over queries": (
+        _own(lambda: WrittenOut(lambda s: s.softmax(-2))),
+        "attention is written out as a softmax, and it is over another dim than the last",
+    ),
+}
+
+# (model, paths that are converted, reason of each path that is not)
+MIXED: dict[str, tuple[Callable[[], Case], str, dict[str, str]]] = {
+    "bart": (
+        _encoder_decoder(
+            "Bart",
+            {"input_ids": _ids(), "decoder_input_ids": _ids(2, 12)},
+            max_position_embeddings=64,
+        ),
+        "model.decoder.layers.*.self_attn",
+        {"model.encoder.*": "bidirectional", "model.decoder.*.encoder_attn": "cross-attention"},
+    ),
 }

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from fnmatch import fnmatch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from models import MODELS, REJECTED, Case, llama
+from models import MIXED, MODELS, REJECTED, Case, llama
 from torch import Tensor, nn
 
 from flacompile.passes.capture import capture, evaluating, record_calls
@@ -62,7 +63,9 @@ def reference(site: AttentionSite, model: nn.Module, x: Tensor) -> Tensor:
     k = rotate(heads(w.k_weight, w.k_bias, site.k_norm, w.k_norm), site)
     distance = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
     seen = (distance >= 0) & (distance < (site.window or x.shape[1]))
-    p = (site.scale * q @ k.mT).masked_fill(~seen, -torch.inf).softmax(-1)
+    scores = site.scale * q @ k.mT
+    scores = scores if site.softcap is None else site.softcap * (scores / site.softcap).tanh()
+    p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     y = (p @ heads(w.v_weight, w.v_bias)).transpose(1, 2).flatten(2)
     return F.linear(y, w.o_weight, w.o_bias)
 
@@ -107,6 +110,17 @@ def test_rejected_with_reason(name):
     assert all(item.reason.startswith(reason) for item in findings.rejected), findings.rejected
 
 
+@pytest.mark.parametrize("name", MIXED)
+def test_what_is_left_has_its_own_reason(name):
+    build, converted, left = MIXED[name]
+    findings = find(build())
+    assert len(findings.sites) == 2
+    assert all(fnmatch(site.path, converted) for site in findings.sites)
+    for item in findings.rejected:
+        assert [r for p, r in left.items() if fnmatch(item.path, p) and item.reason.startswith(r)]
+    assert len(findings.rejected) == 2 * len(left)
+
+
 def test_mixed_model_keeps_the_provable_layers():
     case = MODELS["handwritten"]()
     case.model.blocks[0].attention.is_causal = False
@@ -132,7 +146,9 @@ def test_window_too_long_to_check_is_rejected():
     model = llama("Mistral", sliding_window=100_000)().model
     findings = find_attention(model)
     assert findings.sites == ()
-    assert findings.rejected[0].reason == "sliding_window=100000 is too long to be checked"
+    assert (
+        findings.rejected[0].reason == "a window of 100000 is in the config, too long to be checked"
+    )
 
 
 def test_layers_of_different_kinds():

@@ -70,12 +70,13 @@ FEATURE_MAPS = {  # of x and the parameters f
 
 
 def softmax(m, q, k, v, scale):
-    """o_t = Σ_s softmax_s(scale q_t·k_s) v_s over the window."""
-    o, window = [], m.config.window_size or q.shape[1]
+    """o_t = Σ_s softmax_s(scale q_t·k_s) v_s over the window, scores under the cap."""
+    o, window, c = [], m.config.window_size or q.shape[1], m.config.logit_softcapping
     for t in range(q.shape[1]):
         near = slice(max(0, t + 1 - window), t + 1)
-        weights = (scale * torch.einsum("bhk,bshk->bhs", q[:, t], k[:, near])).softmax(-1)
-        o.append(torch.einsum("bhs,bshv->bhv", weights, v[:, near]))
+        scores = scale * torch.einsum("bhk,bshk->bhs", q[:, t], k[:, near])
+        scores = scores if c is None else c * torch.tanh(scores / c)
+        o.append(torch.einsum("bhs,bshv->bhv", scores.softmax(-1), v[:, near]))
     return linear(m.o_proj, torch.stack(o, 1).flatten(2))
 
 

@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 class Attention(QKVMixer, CachedMixer):
     @dataclass(frozen=True, kw_only=True)
     class Config(QKVMixer.Config):
-        """qk_norm: True is an RMS norm of each head; rope_theta: None is no rotary."""
+        """qk_norm: True is an RMS norm of each head; rope_theta: None is no rotary.
+
+        logit_softcapping: a cap c on the scores s, c tanh(s / c); None is none.
+        """
 
         hidden_size: int = 2048
         num_heads: int = 32
         qk_norm: QKNorm | bool = False
         window_size: int | None = None
         rope_theta: float | None = 10000.0
+        logit_softcapping: float | None = None
 
     config: Config
 
@@ -54,11 +58,16 @@ class Attention(QKVMixer, CachedMixer):
 
     def mix(self, q: Tensor, cached: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
         k, v = cached
-        return attend(q, k, v, mask, self.scale)
+        return attend(q, k, v, mask, self.scale, self.config.logit_softcapping)
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
         """The same attention as the site."""
         fields = cls.site_fields(site)
         fields["qk_norm"] = fields["qk_norm"] or False
-        return cls.Config(**fields, rope_theta=None, window_size=site.window)
+        return cls.Config(
+            **fields,
+            rope_theta=None,
+            window_size=site.window,
+            logit_softcapping=site.softcap,
+        )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flacompile.layers.base import Mixer, Tokens
 from flacompile.ops.validate import check_shape, expect
+from flacompile.passes.written_out import softcapped_attention
 
 
 class AttentionState(NamedTuple):
@@ -152,7 +153,14 @@ class CachedMixer(Mixer):
         check_shape("state.position", state.position, (num_sequences,))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None = None,
+) -> Tensor:
     """o_t = Σ_s softmax_s(scale q_t·k_s) v_s; a head of k and v serves H / H_kv heads of q.
 
     Args:
@@ -161,6 +169,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
         v: [B, S, H_kv, V].
         mask: [1 or B, 1 or T, S], or None for s <= t.
         scale: None is K^-0.5.
+        softcap: c, for a softmax over c tanh(scale q_t·k_s / c); scores are then held in memory.
 
     Returns:
         o [B, T, H, V].
@@ -168,6 +177,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = None if mask is None else mask[:, None]
+    if softcap is not None:
+        if mask is None:
+            mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
+        return softcapped_attention(q, k, v, mask, scale=factor, softcap=softcap).transpose(1, 2)
     o = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )

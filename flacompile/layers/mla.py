@@ -38,7 +38,8 @@ class MultiheadLatentAttention(CachedMixer):
         """q_lora_rank: None is one matrix for q; rope_theta: None is no rotary.
 
         The fields after ``rope_scaling`` are what a conversion needs: norm_eps; latent_norm, False
-        leaves out the norm of c; rotary, instead of rope_theta; scale, None is the published one.
+        leaves out the norm of c; rotary, instead of rope_theta; scale, None is the published one;
+        logit_softcapping, as in ``attn``.
         """
 
         hidden_size: int = 2048
@@ -57,6 +58,7 @@ class MultiheadLatentAttention(CachedMixer):
         o_bias: bool = False
         rotary: Rotary.Config | None = None
         scale: float | None = None
+        logit_softcapping: float | None = None
 
     config: Config
 
@@ -108,7 +110,8 @@ class MultiheadLatentAttention(CachedMixer):
         expanded = self.kv_proj[2](latent).unflatten(-1, (self.config.num_heads, -1))
         nope, v = expanded.split(self.expanded_dims, -1)
         rope = k_rope[:, :, None].expand(-1, -1, self.config.num_heads, -1)
-        return attend(q, torch.cat((nope, rope), -1), v, mask, self.scale)
+        k = torch.cat((nope, rope), -1)
+        return attend(q, k, v, mask, self.scale, self.config.logit_softcapping)
 
     def mix_step(self, q: Tensor, cached: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
         """The absorbed form: heads are the queries of one head of keys."""
@@ -118,7 +121,8 @@ class MultiheadLatentAttention(CachedMixer):
         nope, rope = q[:, 0].split(self.key_dims, -1)
         q = torch.cat((torch.einsum("bhn,hnr->bhr", nope, key_weight), rope), -1)
         keys, latent = torch.cat(cached, -1), cached[0]
-        o = attend(q[:, :, None], keys[:, :, None], latent[:, :, None], mask, self.scale)
+        q, k, v = q[:, :, None], keys[:, :, None], latent[:, :, None]
+        o = attend(q, k, v, mask, self.scale, self.config.logit_softcapping)
         return torch.einsum("bhr,hvr->bhv", o[:, :, 0], value_weight)[:, None]
 
     @classmethod
@@ -149,6 +153,7 @@ class MultiheadLatentAttention(CachedMixer):
                 factor=site.rotary.factor,
             ),
             scale=site.scale,
+            logit_softcapping=site.softcap,
         )
 
     @torch.no_grad()

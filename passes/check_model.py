@@ -1,0 +1,47 @@
+"""Models that cannot be looked at, refused by name before any work."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises ValueError for weights that are not plain numbers and for a rotary that changes."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"model: expected one that is not quantised, got {model.config.quantization_config}; "  # type: ignore[union-attr]
+            "convert before quantising"
+        )
+    for name, parameter in model.named_parameters():
+        _check_weight(name, parameter)
+    for path, module in model.named_modules():
+        for name in ("weight", "qweight"):
+            weight = getattr(module, name, None)
+            if callable(weight):  # packed, as by torch.ao.quantization
+                _refuse(f"{path}.{name}", type(module).__name__)
+            elif isinstance(weight, Tensor):
+                _check_weight(f"{path}.{name}", weight)
+        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rope_type of {path} must keep its frequencies at all lengths, "
+                f"got {module.rope_type}"
+            )
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError(
+            f"model: expected weights in memory, got {name} on the meta device; load them first"
+        )
+    if is_traceable_wrapper_subclass(weight):
+        _refuse(name, type(weight).__name__)
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        _refuse(name, str(weight.dtype))
+
+
+def _refuse(name: str, kind: str) -> None:
+    raise ValueError(
+        f"model: expected plain floating-point weights, got {kind} in {name}; "
+        "convert before quantising or sharding"
+    )
