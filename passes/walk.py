@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, replace
 
+import torch
 from torch.fx import GraphModule, Node
 
 
@@ -199,8 +200,8 @@ def upwards(path: str) -> list[str]:
 
 def attention_nodes(gm: GraphModule) -> list[Node]:
     """The attentions that are one node, in order."""
-    names = ("scaled_dot_product_attention", "softcapped_attention")
-    return [n for n in gm.graph.nodes if n.op == "call_function" and op_name(n) in names]
+    sdpa = torch.ops.aten.scaled_dot_product_attention.default
+    return [n for n in gm.graph.nodes if n.target is sdpa or op_name(n) == "softcapped_attention"]
 
 
 def describe_graph(gm: GraphModule, path: str) -> str:
