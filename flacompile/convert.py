@@ -13,20 +13,13 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from flacompile import hf
-from flacompile.calibrate import calibrate, relative_error
+from flacompile.calibrate import calibrate
 from flacompile.layers import MIXERS, Mixer
-from flacompile.passes.capture import (
-    default_ids,
-    evaluating,
-    record_calls,
-    switch_to_sdpa,
-    without_cache,
-)
+from flacompile.passes.capture import default_ids, switch_to_sdpa
 from flacompile.passes.find_attention import find_attention
 from flacompile.passes.outline import forget_blocks, graph_of, outline_sites, restore_blocks
 from flacompile.passes.sites import AttentionSite, Rejected, describe_site
-from flacompile.passes.swap_attention import PlainConvention, swap_attention, swapped
-from flacompile.passes.verify import rebuild
+from flacompile.passes.swap_attention import swap_attention, swapped
 
 EXAMPLE = (4, 128)  # rows and tokens of random ids, where the user gives no example
 
@@ -78,7 +71,7 @@ def convert(
     keep: float | Sequence[int] = (),
     init: Literal["neutral", "calibrated"] = "calibrated",
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
-    calibration: Iterable[Tensor] | None = None,
+    calibration: Iterable[Any] | None = None,
 ) -> nn.Module:
     """Replaces every causal softmax attention that can be proved by a linear mixer, in place.
 
@@ -100,7 +93,8 @@ def convert(
             scale of each head from the teacher's statistics, in closed form.
         example_inputs: arguments of one call of the model; by default random tokens for a
             transformers model, and a program's own example.
-        calibration: batches of token ids [B, T] for "calibrated"; default the example.
+        calibration: batches for "calibrated", most often token ids [B, T], else what
+            ``example_inputs`` may be; taken one at a time, once. Default the example.
 
     Returns:
         The same model. For a graph, a new GraphModule over the same weights: it holds for the
@@ -136,7 +130,7 @@ def _convert(
     calibrated: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    calibration: Iterable[Tensor] | None,
+    calibration: Iterable[Any] | None,
 ) -> Report:
     """``convert`` on arguments that were read; what it did so far stays if it raises."""
     findings = find_attention(model, args, kwargs)
@@ -152,18 +146,18 @@ def _convert(
         )
     chosen = outline_sites(model, chosen, args, kwargs)
     name = next(name for name, c in MIXERS.items() if c is cls)
-    examples = _examples(model, chosen, _batches(model, args, kwargs, calibration))
-    layers, mixers = [], []
+    mixers = {
+        site.path: build(cls, dataclasses.replace(cls.config_for(site), **changed), model, site)
+        for site in chosen
+    }
+    conventions = {site.path: hf.convention_of(model, site) for site in chosen}
+    parts = {x.path: (x, mixers[x.path], conventions[x.path]) for x in chosen}
+    calls = _calls(model, args, kwargs, calibration)
+    errors = calibrate(model, parts, calls, adjust=calibrated)
+    layers = [Layer(x.path, describe_site(x), name, *errors[x.path]) for x in chosen]
     for site in chosen:
-        new = build(cls, dataclasses.replace(cls.config_for(site), **changed), model, site)
-        x, y = examples[site.path]
-        before = after = relative_error(new, x, y)
-        if calibrated:
-            after = calibrate(new, rebuild(site, model, x), site.scale, x, y)
-        mixers.append(new.train(model.training))
-        layers.append(Layer(site.path, describe_site(site), name, before, after))
-    for site, new in zip(chosen, mixers, strict=True):
-        swap_attention(model, site, new, hf.convention_of(model, site))
+        new = mixers[site.path].train(model.training)
+        swap_attention(model, site, new, conventions[site.path])
     return Report(tuple(layers), kept_paths, findings.rejected, findings.notes)
 
 
@@ -223,57 +217,39 @@ def _mixer_class(mixer: str | Mixer.Config) -> tuple[type[Mixer], dict[str, Any]
     raise ValueError(f"mixer: expected a name or a mixer's Config, got {type(mixer).__name__}")
 
 
-def _call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _call_of(example: Any, name: str = "example_inputs") -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Example inputs as args and kwargs; none is left to the pass."""
     if example is None:
         return (), {}
     if isinstance(example, dict):
         return (), example
+    if not isinstance(example, (Tensor, tuple, list)):
+        kind = type(example).__name__
+        raise ValueError(f"{name}: expected a tensor, a tuple or a dict of a call, got {kind}")
     return ((example,) if isinstance(example, Tensor) else tuple(example)), {}
 
 
-def _batches(
+def _calls(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    calibration: Iterable[Tensor] | None,
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The calls of the model whose attentions are looked at."""
-    if calibration is None:
-        given = bool(args or kwargs)
-        return [(args if given else (default_ids(model, *_example_shape(model)),), kwargs)]
-    batches = list(calibration)
-    lengths = [ids.shape[-1] for ids in batches]
-    if not batches:
-        raise ValueError("calibration: expected at least one batch of token ids, got none")
-    if len(set(lengths)) > 1:
-        raise ValueError(f"calibration: expected batches of one length, got {lengths}")
-    return [((ids,), {}) for ids in batches]
+    calibration: Iterable[Any] | None,
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The calls of the model whose attentions are looked at, one at a time."""
+    if isinstance(calibration, Tensor):
+        raise ValueError("calibration: expected batches, such as a list of tensors, got one tensor")
+    if calibration is not None:
+        for batch in calibration:
+            yield _call_of(batch, "calibration")
+    elif args or kwargs:
+        yield args, kwargs
+    else:
+        yield (default_ids(model, *_example_shape(model)),), kwargs
 
 
 def _example_shape(model: nn.Module) -> tuple[int, int]:
     batch, time = EXAMPLE
     return batch, min(time, getattr(model.config, "max_position_embeddings", None) or time)
-
-
-def _examples(
-    model: nn.Module,
-    sites: Sequence[AttentionSite],
-    batches: list[tuple[tuple[Any, ...], dict[str, Any]]],
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Input and output [B, T, D] of every attention over all batches."""
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {site.path: [] for site in sites}
-    with evaluating(model):
-        for args, kwargs in batches:
-            calls = record_calls(model, set(seen), args, without_cache(model, kwargs))
-            for site in sites:
-                convention, call = PlainConvention.of(site), calls[site.path]
-                x = convention.read(call.args, call.kwargs).x
-                seen[site.path].append((x, convention.output(call.result)))
-    return {
-        path: (torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
-        for path, pairs in seen.items()
-    }
 
 
 def _kept(keep: float | Sequence[int], count: int) -> set[int]:

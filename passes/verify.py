@@ -49,19 +49,26 @@ def _rotated(x: Tensor, rotary: RotarySite | None) -> Tensor:
     return torch.cat([stacked.flatten(-2), rest], -1)
 
 
+def queries_and_keys(site: AttentionSite, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """q [B, H, T, K] and k [B, H_kv, T, K] of the site for x [B, T, D], in fp32."""
+    w = site.weights(model)
+    q, k = _heads(site, x, w.q_weight, w.q_bias), _heads(site, x, w.k_weight, w.k_bias)
+    q = _rotated(_normed(q, site.q_norm, w.q_norm), site.rotary)
+    k = _rotated(_normed(k, site.k_norm, w.k_norm), site.rotary)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def _heads(site: AttentionSite, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + b by heads, [B, T, H, K] in fp32."""
+    y = nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return y.unflatten(-1, (-1, site.head_dim))
+
+
 def rebuild(site: AttentionSite, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """q, k, v [B, H, T, K] and y [B, T, D] of the site for x [B, T, D], in fp32."""
     w = site.weights(model)
-    x = x.float()
-
-    def heads(weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = nn.functional.linear(x, weight.float(), None if bias is None else bias.float())
-        return y.unflatten(-1, (-1, site.head_dim))
-
-    q = _rotated(_normed(heads(w.q_weight, w.q_bias), site.q_norm, w.q_norm), site.rotary)
-    k = _rotated(_normed(heads(w.k_weight, w.k_bias), site.k_norm, w.k_norm), site.rotary)
-    v = heads(w.v_weight, w.v_bias)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k = queries_and_keys(site, model, x)
+    v = _heads(site, x, w.v_weight, w.v_bias).transpose(1, 2)
     time = x.shape[1]
     mask = torch.ones(time, time, dtype=torch.bool, device=x.device).tril()
     mask = mask.triu(1 - site.window) if site.window else mask

@@ -9,9 +9,7 @@ import torch
 from models import LAYERS, MIXED, MODELS, REJECTED, VOCAB, llama
 
 import flacompile
-from flacompile.calibrate import relative_error
 from flacompile.convert import report
-from flacompile.distill.objectives import attention_io
 from flacompile.layers import MIXERS, Attention, GatedLinearAttention
 from flacompile.layers.base import RecurrentMixer
 from flacompile.layers.qkv import QKVMixer
@@ -207,34 +205,9 @@ def test_keep(keep, kept):
     assert str(report(model)).count(": kept") == len(kept)
 
 
-@pytest.mark.parametrize("mixer", LINEAR)
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "handwritten_even_odd"])
-def test_calibrated_is_never_worse_than_neutral(name, mixer):
-    """On the calibration data itself, which here is the example, batch by batch."""
-    case, errors = MODELS[name](), {}
-    for init in ("neutral", "calibrated"):
-        model = copy.deepcopy(case.model)
-        calibration = [ids_of(1, 2), ids_of(2, 3)]
-        torch.manual_seed(0)  # what an attention does not have starts at random
-        flacompile.convert(
-            model, mixer, init=init, example_inputs=case.inputs, calibration=calibration
-        )
-        errors[init] = [(layer.before, layer.after) for layer in report(model).layers]
-        seen = [attention_io(model, ids) for ids in calibration]
-        for (path, layer), (_, after) in zip(swapped(model).items(), errors[init], strict=True):
-            x, y = (torch.cat([io[path][i] for io in seen]) for i in (0, 1))
-            assert relative_error(layer.mixer, x, y) == pytest.approx(after, rel=1e-4)
-    for (before, neutral), (fresh, after) in zip(
-        errors["neutral"], errors["calibrated"], strict=True
-    ):
-        assert before == neutral == fresh
-        assert after <= before
-    assert any(after < before for before, after in errors["calibrated"])
-
-
 BREAKS = {
     "in a later mixer": (GatedLinearAttention, "load_attention", 2),
-    "in calibration": (GatedLinearAttention, "scale_heads", 6),
+    "in calibration": (GatedLinearAttention, "scale_heads", 4),
     "in the swap itself": (torch.nn.Module, "set_submodule", 2),
 }
 
@@ -325,11 +298,6 @@ BAD = {
     "index above": ({"keep": [0, 2]}, r"keep: expected indices of 2 attentions, got \[2\]"),
     "index below": ({"keep": [-3]}, r"keep: expected indices of 2 attentions, got \[-3\]"),
     "all kept": ({"keep": [0, 1]}, r"layers\.0\.self_attn: kept on request"),
-    "no calibration": ({"calibration": []}, "calibration: expected at least one batch"),
-    "ragged calibration": (
-        {"calibration": [ids_of(1, 2, 8), ids_of(1, 2, 9)]},
-        r"calibration: expected batches of one length, got \[8, 9\]",
-    ),
 }
 
 

@@ -130,6 +130,11 @@ class ABCAttention(QKVMixer, RecurrentMixer):
             o = o * F.silu(self.g_proj(x))
         return self.o_proj(o)
 
+    @property
+    def neutral_half_life(self) -> Tensor:
+        """64 tokens, of the slowest slot of each head."""
+        return torch.full((self.output_heads,), 64.0)
+
     def set_half_life(self, tokens: Tensor) -> None:
         """The slots of head h forget half in 1 to tokens[h] tokens."""
         self.running.set_half_life(tokens)
@@ -145,7 +150,7 @@ class ABCAttention(QKVMixer, RecurrentMixer):
         slots = torch.arange(self.num_slots, device=k.device) % self.key_dim
         groups = self.config.num_heads // self.kv_heads
         self.s_proj.weight.copy_(k[:, slots].repeat_interleave(groups, 0).flatten(0, 1))
-        self.set_half_life(k.new_full((self.config.num_heads,), 64.0))
+        self.set_half_life(self.neutral_half_life)
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:

@@ -156,6 +156,19 @@ class Mixer(nn.Module):
         """Number of heads that ``output_layer`` adds up."""
         return self.config.num_heads  # type: ignore[attr-defined]
 
+    @property
+    def neutral_half_life(self) -> Tensor:
+        """Where a conversion starts with half-lives: [H] in tokens, from 8 to 128 over the heads.
+
+        A mixer that can be given others has ``set_half_life``, which takes as many.
+        """
+        return torch.logspace(3, 7, self.output_heads, base=2)
+
+    @property
+    def decay_groups(self) -> list[range]:
+        """The heads of ``output_layer`` that share each decay of ``set_half_life``."""
+        return [range(h, h + 1) for h in range(self.output_heads)]
+
     @torch.no_grad()
     def scale_heads(self, scale: Tensor) -> None:
         """Multiplies what each head adds to the output by scale [H], in ``output_layer``."""

@@ -167,7 +167,7 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
         beta = beta / 2 if self.config.allow_neg_eigval else beta
         self.b_proj.weight.zero_()
         self.b_proj.bias.copy_(beta.logit().repeat_interleave(self.heads))
-        self.set_half_life(torch.logspace(3, 7, self.heads, base=2))
+        self.set_half_life(self.neutral_half_life)
 
     @classmethod
     def conversion_fields(cls, site: AttentionSite) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flacompile.blocks import RMSNorm, activation, at_least_fp32, low_rank
 from flacompile.layers.base import RecurrentMixer, Tokens, repeat_heads
 from flacompile.layers.qkv import QKVMixer
-from flacompile.ops.validate import expect
+from flacompile.ops.validate import check_shape
 
 if TYPE_CHECKING:
     from flacompile.passes.sites import AttentionSite, AttentionWeights
@@ -77,11 +77,6 @@ class DecayedAttention(QKVMixer, RecurrentMixer):
         """The layer whose bias is the logit of the decay."""
         raise NotImplementedError
 
-    @property
-    def decay_heads(self) -> int:
-        """Number of heads that have a decay of their own."""
-        return self.config.num_heads
-
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -108,13 +103,13 @@ class DecayedAttention(QKVMixer, RecurrentMixer):
         Args:
             tokens: [H], > 0.
         """
-        heads, layer = self.config.num_heads, self.decay_layer
-        expect(tuple(tokens.shape) == (heads,), "tokens", f"shape {(heads,)}", tuple(tokens.shape))
-        tokens = tokens.double().log().view(self.decay_heads, -1).mean(1).exp()
+        check_shape("tokens", tokens, (self.config.num_heads,))
+        layer, decays = self.decay_layer, len(self.decay_groups)
+        tokens = tokens.double().log().view(decays, -1).mean(1).exp()
         log_sigmoid = -math.log(2) * self.config.gate_logit_normalizer / tokens
         bias = log_sigmoid - torch.log(-torch.expm1(log_sigmoid))
         layer.weight.zero_()
-        layer.bias.copy_(bias.repeat_interleave(layer.out_features // self.decay_heads))
+        layer.bias.copy_(bias.repeat_interleave(layer.out_features // decays))
 
     def load_attention(self, weights: AttentionWeights) -> None:
         """As the base class; half-lives spread from 8 to 128 tokens over the heads.
@@ -123,9 +118,8 @@ class DecayedAttention(QKVMixer, RecurrentMixer):
         what a softmax would give, which q·k alone does not have.
         """
         super().load_attention(weights)
-        tokens = torch.logspace(3, 7, self.config.num_heads, base=2)
-        self.set_half_life(tokens)
-        self.scale_heads(1 - 2 ** (-1 / tokens))
+        self.set_half_life(self.neutral_half_life)
+        self.scale_heads(1 - 2 ** (-1 / self.neutral_half_life))
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
@@ -163,5 +157,5 @@ class GatedLinearAttention(DecayedAttention):
         return self.gk_proj[1]  # type: ignore[return-value]
 
     @property
-    def decay_heads(self) -> int:
-        return self.kv_heads
+    def decay_groups(self) -> list[range]:
+        return self.heads_by_key

@@ -226,7 +226,7 @@ class HGRNAttention(ForgetMixer):
         for module in self.children():
             if isinstance(module, ShortConvolution):
                 module.start_as_identity()
-        self.set_half_life(torch.logspace(3, 7, heads, base=2))
+        self.set_half_life(self.neutral_half_life)
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:

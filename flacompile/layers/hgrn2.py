@@ -13,7 +13,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from flacompile.blocks import RMSNorm, activation
@@ -90,6 +89,10 @@ class HGRN2Attention(ForgetMixer, QKVMixer):
         o = o.flatten(2)
         return self.o_proj(self.g_norm(o) if self.config.output_norm else o)
 
+    @property
+    def decay_groups(self) -> list[range]:
+        return self.heads_by_key
+
     def set_half_life(self, tokens: Tensor) -> None:
         """Makes f halve the state of head h every tokens[h] tokens, whatever the input.
 
@@ -105,7 +108,7 @@ class HGRN2Attention(ForgetMixer, QKVMixer):
         1 - f makes the decays that a head sums with add up to one, as a softmax does.
         """
         super().load_attention(weights)
-        self.set_half_life(torch.logspace(3, 7, self.output_heads, base=2))
+        self.set_half_life(self.neutral_half_life)
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:

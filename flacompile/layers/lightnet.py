@@ -118,6 +118,11 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
             o = o * F.silu(self.g_proj(x))
         return self.o_proj(o)
 
+    @property
+    def neutral_half_life(self) -> Tensor:
+        """64 tokens, of the slowest channel of each head."""
+        return torch.full((self.output_heads,), 64.0)
+
     def set_half_life(self, tokens: Tensor) -> None:
         """The channels of head h forget half in 1 to tokens[h] tokens."""
         self.running.set_half_life(tokens)
@@ -125,7 +130,7 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
     def load_attention(self, weights: AttentionWeights) -> None:
         """As the base class; half-lives to 64 tokens."""
         super().load_attention(weights)
-        self.set_half_life(torch.full((self.output_heads,), 64.0))
+        self.set_half_life(self.neutral_half_life)
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:

@@ -57,7 +57,7 @@ class FeatureAttention(QKVMixer, RecurrentMixer):
         self.norm: nn.Module = nn.Identity()
         if config.use_decay:
             self.log_rate = nn.Parameter(torch.empty(config.num_heads))
-            self.set_half_life(torch.full((config.num_heads,), 1024.0))
+            self.set_half_life(self.neutral_half_life)
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -85,6 +85,11 @@ class FeatureAttention(QKVMixer, RecurrentMixer):
         if self.eps is not None:
             o = o[..., :-1] / (o[..., -1:] + self.eps)
         return self.o_proj(self.norm(o).flatten(2))
+
+    @property
+    def neutral_half_life(self) -> Tensor:
+        """1024 tokens, all but no decay."""
+        return torch.full((self.config.num_heads,), 1024.0)
 
     @torch.no_grad()
     def set_half_life(self, tokens: Tensor) -> None:

@@ -113,6 +113,12 @@ class QKVMixer(Mixer):
             q, k = self.rotary(q, tokens.position), self.rotary(k, tokens.position)
         return q, k, v
 
+    @property
+    def heads_by_key(self) -> list[range]:
+        """The heads that share each head of k and v."""
+        size = self.config.num_heads // self.kv_heads
+        return [range(size * i, size * (i + 1)) for i in range(self.kv_heads)]
+
     def projection(self, name: str) -> nn.Linear:
         """The one of attention's projections that is called "q", "k", "v" or "o"."""
         return self.get_submodule(self.places[name])  # type: ignore[return-value]

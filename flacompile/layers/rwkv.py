@@ -131,9 +131,8 @@ class RWKVAttention(QKVMixer, RecurrentMixer):
         Each head is scaled so that the weights it sums with add up to one, as softmax's do.
         """
         super().load_attention(weights)
-        tokens = torch.logspace(3, 7, self.config.num_heads, base=2)
-        self.set_half_life(tokens)
-        self.scale_heads(1 - 2 ** (-1 / tokens))
+        self.set_half_life(self.neutral_half_life)
+        self.scale_heads(1 - 2 ** (-1 / self.neutral_half_life))
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:

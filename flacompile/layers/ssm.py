@@ -168,9 +168,8 @@ class StateSpaceMixer(RecurrentMixer):
                 neutral = torch.full_like(own, 1 - norm.offset)
                 _load(name, own, neutral if given is None else given)
         self.D.zero_()
-        tokens = torch.logspace(3, 7, self.num_heads, base=2)
-        self.set_half_life(tokens)
-        dt = math.log(2) / tokens
+        self.set_half_life(self.neutral_half_life)
+        dt = math.log(2) / self.neutral_half_life
         self.scale_heads(-torch.expm1(-dt) / dt)
 
     @classmethod
