@@ -18,7 +18,7 @@ from flacompile.distill.objectives import attention_io
 from flacompile.layers import MIXERS
 from flacompile.layers.base import RecurrentMixer
 from flacompile.passes.find_attention import find_attention
-from flacompile.passes.swap_attention import PlainConvention, swapped
+from flacompile.passes.swap_attention import swapped
 
 LINEAR = sorted(name for name, cls in MIXERS.items() if issubclass(cls, RecurrentMixer))
 LENGTH = 389  # no other size in these tests is as large
@@ -172,8 +172,8 @@ class NoSquareMap(TorchDispatchMode):
 
 @pytest.mark.parametrize("mixer", LINEAR)
 def test_no_quadratic_map(mixer):
-    model, site, new = one_layer(mixer, "handwritten_rope")
-    parts = {site.path: (site, new, PlainConvention.of(site))}
+    model, site, new = one_layer(mixer)
+    parts = {site.path: (site, new, flacompile.hf.convention_of(model, site))}
     with NoSquareMap() as mode:
         errors = calibrate(model, parts, [((ids_of(2, 1, LENGTH),), {})])
     assert mode.largest >= LENGTH
