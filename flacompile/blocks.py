@@ -107,7 +107,8 @@ class Rotary(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("inv_freq", torch.tensor(config.inv_freq), persistent=False)
+        inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         """Follows the device of the module and never its dtype: frequencies stay fp32."""

@@ -190,8 +190,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
 
 
 def _backward_of_op(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dweight, dbias, dstate = _backward(*ctx.saved_tensors, dy, dfinal)
-    return dx, dweight, None if ctx.saved_tensors[2] is None else dbias, dstate, None
+    saved = ctx.saved_tensors  # once: a checkpoint gives them no second time
+    dx, dweight, dbias, dstate = _backward(*saved, dy, dfinal)
+    return dx, dweight, None if saved[2] is None else dbias, dstate, None
 
 
 def _flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

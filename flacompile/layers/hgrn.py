@@ -47,7 +47,8 @@ class ForgetGate(nn.Module):
     def __init__(self, lower_bound: float | tuple[float, ...]) -> None:
         super().__init__()
         self.numbers = lower_bound
-        self.register_buffer("lower_bound", torch.tensor(lower_bound), persistent=False)
+        bound = torch.tensor(lower_bound, dtype=torch.float32)
+        self.register_buffer("lower_bound", bound, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ForgetGate:
         """Follows the device of the module and never its dtype: the bound stays fp32."""
