@@ -2,8 +2,8 @@
 
     PYTHONPATH=.:tests python tests/published_models.py
 
-Needs flash-linear-attention, at random weights and on a CPU. Each tiny model is saved by the
-published class, read by ``flacompile.lm``, and compared weight by weight, before it is written down.
+Needs flash-linear-attention; weights are random and on a CPU. Each tiny model is saved by the
+published class, read by ``flacompile.lm`` and compared weight by weight before it is written down.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ TINY: dict[str, list[dict[str, Any]]] = {
         | {"num_hidden_layers": 3},
     ],
     "hgrn": [GATED, GATED | {"expand_ratio": 2, "use_short_conv": True, "use_lower_bound": False}],
-    "hgrn2": [GATED | {"expand_ratio": 16}, GATED | {"expand_ratio": 32, "attn": HYBRID | {"layers": [0]}}],
+    "hgrn2": [
+        GATED | {"expand_ratio": 16},
+        GATED | {"expand_ratio": 32, "attn": HYBRID | {"layers": [0]}},
+    ],
     "lightnet": [GATED | {"expand_ratio": 16, "gate_low_rank_dim": 8, "use_short_conv": True}],
     "linear_attn": [
         GATED | {"num_heads": 2, "feature_map": "hedgehog", "norm_feature_map": True},
@@ -64,7 +67,8 @@ TINY: dict[str, list[dict[str, Any]]] = {
     "mla": [
         GATED
         | {"num_heads": 2, "q_lora_rank": 24, "kv_lora_rank": 16, "v_head_dim": 16}
-        | {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "qk_head_dim": 24, "rope_scaling": scaling}
+        | {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "qk_head_dim": 24}
+        | {"rope_scaling": scaling}
         for scaling in (None, YARN)
     ],
     "rwkv6": [

@@ -7,12 +7,12 @@ save and generate. What the published library's ``fuse_*`` fields choose between
 """
 
 try:
-    import transformers as _
+    import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError("flacompile.lm needs transformers: pip install 'flacompile[hf]'") from error
 
 from flacompile.lm.kinds import KINDS
-from flacompile.lm.model import MODELS, from_pretrained, register
+from flacompile.lm.registry import MODELS, from_pretrained, register
 
 for _classes in MODELS.values():
     globals().update({cls.__name__: cls for cls in _classes})

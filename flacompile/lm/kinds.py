@@ -38,6 +38,7 @@ class Kind:
         own: further fields of the config, over those of ``COMMON``: defaults.
         more: (config, layer) -> the other fields of the mixer's Config.
         ffn: "gated", "rwkv6", "rwkv7" or None.
+        gate_width: channels of the forget gate, where its lower bounds are the model's.
         names: of the parts.
     """
 
@@ -47,7 +48,8 @@ class Kind:
     own: dict[str, Any] = field(default_factory=dict)
     more: Callable[[Any, int], dict[str, Any]] = lambda config, layer: {}
     ffn: str | None = "gated"
-    names: Names = Names()  # noqa: RUF009
+    gate_width: Callable[[Any], int] = lambda config: config.hidden_size
+    names: Names = Names()
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -144,7 +146,10 @@ KINDS: dict[str, Kind] = {
          "feature_map": None, "use_output_gate": True, "clamp_min": None, **CONV, **NORM},
         more=lambda config, layer: {"gate_fn": config.hidden_act},
     ),
-    "hgrn": Kind("HGRN", "hgrn", {"expand_ratio": 1, **CONV, **NORM}, {"use_lower_bound": True}),
+    "hgrn": Kind(
+        "HGRN", "hgrn", {"expand_ratio": 1, **CONV, **NORM}, {"use_lower_bound": True},
+        gate_width=lambda config: int(config.hidden_size * config.expand_ratio),
+    ),
     "hgrn2": Kind(
         "HGRN2", "hgrn2", {"num_heads": None, "expand_ratio": 128, **CONV, **NORM},
         {"use_lower_bound": True},
