@@ -114,11 +114,11 @@ class Backbone(Base):
 class LanguageModel(Base, GenerationMixin):
     """The backbone and a head; loss with labels."""
 
-    backbone: type[Backbone]
+    backbone_class: type[Backbone]
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.add_module(config.kind.names.backbone, self.backbone(config))
+        self.add_module(config.kind.names.backbone, self.backbone_class(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=config.initializer_range)
         self.post_init()

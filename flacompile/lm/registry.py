@@ -28,7 +28,9 @@ def classes(model_type: str) -> tuple[type[Config], type[Backbone], type[Languag
     place |= {"config_class": config, "base_model_prefix": prefix}
     tied = {"_tied_weights_keys": {"lm_head.weight": f"{prefix}.embeddings.weight"}}
     backbone: Any = type(f"{stem}Model", (Backbone,), place)
-    model: Any = type(f"{stem}ForCausalLM", (LanguageModel,), place | tied | {"backbone": backbone})
+    model: Any = type(
+        f"{stem}ForCausalLM", (LanguageModel,), place | tied | {"backbone_class": backbone}
+    )
     return config, backbone, model
 
 
