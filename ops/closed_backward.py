@@ -17,25 +17,29 @@ import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
+Pairs = list[Pair]
 
 
 def gradients(
-    run: Callable[..., Pair],
+    run: Callable[..., Pair], decay_gradient: Callable[..., Tensor],
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
     cu_seqlens: Tensor | None, scale: float, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dgk, dgv, dstate; dgk and dgv are empty without g.
 
     Args:
-        run: the recurrence, ``run(q, k, v, gk, gv, state, cu_seqlens, scale, reverse)``, with o in
-            the dtype of the state.
+        run: the recurrence, ``run(q, k, v, gk, gv, state, cu_seqlens, scale, reverse, dtype)``, o
+            in that dtype.
+        decay_gradient: the function below, or one that does the same.
         final: the state that the forward returned.
         do, dfinal: the gradients of what it returned.
     """
-    dq, _ = run(do, v, k, gv, gk, state.mT.contiguous(), cu_seqlens, scale, False)
+    wide = state.dtype  # what a decay's gradient sums is not rounded
+    of_k, of_v = (wide if gk is not None else q.dtype), (wide if gv is not None else v.dtype)
+    dq, _ = run(do, v, k, gv, gk, state.mT.contiguous(), cu_seqlens, scale, False, of_k)
     seed = dfinal / scale  # D / scale is the state of the two calls back in time
-    dv, first = run(k, q, do, gk, gv, seed, cu_seqlens, scale, True)
-    dk, _ = run(v, do, q, gv, gk, seed.mT.contiguous(), cu_seqlens, scale, True)
+    dv, first = run(k, q, do, gk, gv, seed, cu_seqlens, scale, True, of_v)
+    dk, _ = run(v, do, q, gv, gk, seed.mT.contiguous(), cu_seqlens, scale, True, of_k)
     dstate = first * scale
     for g, axis in ((gk, -1), (gv, -2)):
         if g is not None:
@@ -43,10 +47,10 @@ def gradients(
     end = final * dfinal
     dgk, dgv = end.new_empty(0), end.new_empty(0)  # an op's outputs must not be one tensor
     if gk is not None:
-        dgk = decay_gradient(q * dq - k * dk, end.sum(-1), gk, cu_seqlens)
+        dgk = decay_gradient([(q, dq)], [(k, dk)], end.sum(-1), gk, cu_seqlens)
     if gv is not None:
-        o, _ = run(q, k, v, gk, gv, state, cu_seqlens, scale, False)
-        dgv = decay_gradient(o * do - v * dv, end.sum(-2), gv, cu_seqlens)
+        o, _ = run(q, k, v, gk, gv, state, cu_seqlens, scale, False, wide)
+        dgv = decay_gradient([(o, do)], [(v, dv)], end.sum(-2), gv, cu_seqlens)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dgk, dgv, dstate
 
 
@@ -63,14 +67,23 @@ def _first_decay(g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.where((first == last)[:, None, None], 1.0, decay)
 
 
-def decay_gradient(change: Tensor, end: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def decay_gradient(
+    plus: Pairs, minus: Pairs, end: Tensor, g: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
     """dg_t = dg_{t+1} + change_t back from dg_{T+1} = end, in every sequence.
 
     Args:
-        change: [B, T, H, X].
+        plus, minus: pairs of [B, T, H, X] tensors; change is the sum of the products of plus, less
+            that of minus.
         end: [N, H, X].
         g: [B, T, H] or [B, T, H, X]: a decay for all channels sums their gradients.
     """
+    change = sum(x * dx for x, dx in plus) - sum(x * dx for x, dx in minus)
+    return running_gradient(change, end, g, cu_seqlens)
+
+
+def running_gradient(change: Tensor, end: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """``decay_gradient`` of a change [B, T, H, X or 1]."""
     if g.ndim == 3:
         change, end = change.sum(-1, keepdim=True), end.sum(-1, keepdim=True)
     total = change.to(end.dtype).cumsum(1)

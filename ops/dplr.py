@@ -20,8 +20,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flacompile.ops.chunked_dplr import CHUNK, LONGEST, chunked_sweep, folds, loop
 from flacompile.ops.chunked_reads import chunked_reads
+from flacompile.ops.closed_backward import decay_gradient
 from flacompile.ops.define import define
-from flacompile.ops.dplr_gradients import forward, gradients
+from flacompile.ops.dplr_gradients import by_early_reads, forward, gradients
 from flacompile.ops.validate import check_dplr
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -129,10 +130,12 @@ def decomposed(
         num_chunks = q.shape[1] // CHUNK + 2  # never one: a compiler would count on it
         return chunked_sweep(*args[:8], across=folds, num_chunks=num_chunks)
 
-    o, final, u = forward(sweep, q, k, v, g, a, b, state, None, scale)
+    late = partial(by_early_reads, sweep)
+    o, final, u = forward(late, q, k, v, g, a, b, state, None, scale)
     # A strided output would reach a package's next call, which reads it as if it were contiguous.
     o, final, u = (
-        x.clone(memory_format=torch.contiguous_format) for x in (o.to(q.dtype), final, u)
+        x.clone(memory_format=torch.contiguous_format)
+        for x in (o.to(q.dtype), final, u.to(q.dtype))
     )
     return o, final, u
 
@@ -157,7 +160,7 @@ def _chunk(time: int) -> int:
     return min(CHUNK, 1 << max(time - 1, 0).bit_length())
 
 
-def _sweep_cpu(
+def _early_cpu(
     a: Tensor, b: Tensor, q: Tensor | None, k: Tensor | None, v: Tensor | None, c: Tensor | None,
     g: Tensor | None, state: Tensor, cu_seqlens: Tensor | None, reverse: bool,
 ) -> Any:  # fmt: skip
@@ -168,6 +171,9 @@ def _sweep_cpu(
         return chunked_sweep(*args, across=loop, num_chunks=-(-time // chunk), chunk=chunk)
 
     return _each_sequence(run, [a, b, q, k, v, c, g], state, cu_seqlens, reverse)
+
+
+_sweep_cpu = partial(by_early_reads, _early_cpu)
 
 
 def _read_cpu(
@@ -193,7 +199,7 @@ def dplr_forward(
     if g is not None and g.numel() and g.max() > 0:
         raise ValueError(f"g must be a log decay <= 0, got a maximum of {g.max():.4g}")
     o, final, u = forward(_sweep_cpu, q, k, v, g, a, b, state, cu_seqlens, scale)
-    return o.to(q.dtype), final, u
+    return o.to(q.dtype), final, u.to(q.dtype)
 
 
 def _forward_cuda(
@@ -202,16 +208,15 @@ def _forward_cuda(
 ) -> Triple:  # fmt: skip
     from flacompile.ops.kernels import dplr as kernels
 
-    sweep = partial(kernels.dplr_sweep, exact=q.dtype == torch.float32)
-    o, final, u = forward(sweep, q, k, v, g, a, b, state, cu_seqlens, scale)
-    return o.to(q.dtype), final, u
+    sweep = partial(kernels.dplr_sweep, dtype=q.dtype)
+    return forward(sweep, q, k, v, g, a, b, state, cu_seqlens, scale)
 
 
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
     cu_seqlens: Tensor | None, scale: float,
 ) -> Triple:  # fmt: skip
-    return q.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(v.shape)
+    return q.new_empty(v.shape), state.new_empty(state.shape), q.new_empty(v.shape)
 
 
 @torch.autocast("cpu", enabled=False)
@@ -221,7 +226,7 @@ def dplr_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of every input of the op, on a CPU."""
     inputs = (q, k, v, g, a, b, state, cu_seqlens, scale, u, final, do, dfinal)
-    return gradients(_sweep_cpu, _read_cpu, *inputs)
+    return gradients(_sweep_cpu, _read_cpu, decay_gradient, *inputs)
 
 
 def _backward_cuda(
@@ -229,11 +234,12 @@ def _backward_cuda(
     cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = (q, k, v, g, a, b, state, cu_seqlens, scale, u, final, do, dfinal)
+    from flacompile.ops.kernels import decay_gradient as decay
     from flacompile.ops.kernels import dplr as kernels
 
-    exact = q.dtype == torch.float32
-    sweep, read = partial(kernels.dplr_sweep, exact=exact), partial(kernels.dplr_reads, exact=exact)
-    return gradients(sweep, read, *inputs)
+    sweep = partial(kernels.dplr_sweep, dtype=q.dtype)
+    read = partial(kernels.dplr_reads, dtype=q.dtype)
+    return gradients(sweep, read, decay.decay_gradient, *inputs)
 
 
 def _backward_fake(

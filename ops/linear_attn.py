@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flacompile.ops.chunked import CHUNK, chunked
-from flacompile.ops.closed_backward import gradients
+from flacompile.ops.closed_backward import decay_gradient, gradients
 from flacompile.ops.define import define
 from flacompile.ops.validate import check_linear_attn
 
@@ -136,9 +136,9 @@ def _sequence(
 @torch.autocast("cpu", enabled=False)  # sums are fp32, whatever the caller's context
 def _run_cpu(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
-    cu_seqlens: Tensor | None, scale: float, reverse: bool,
+    cu_seqlens: Tensor | None, scale: float, reverse: bool, dtype: torch.dtype,
 ) -> Pair:  # fmt: skip
-    """Every sequence by ``chunked``; o in the dtype of the state."""
+    """Every sequence by ``chunked``."""
     bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     states = [state] if cu_seqlens is None else list(state.split(1))
     outputs, finals = [], []
@@ -150,7 +150,7 @@ def _run_cpu(
         o, final = _sequence(*span, start, scale)
         outputs.append(o.flip(1) if reverse else o)
         finals.append(final)
-    return torch.cat(outputs, 1), torch.cat(finals)
+    return torch.cat(outputs, 1).to(dtype), torch.cat(finals)
 
 
 def _delay(g: Tensor) -> Tensor:
@@ -159,14 +159,13 @@ def _delay(g: Tensor) -> Tensor:
 
 def _run_cuda(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
-    cu_seqlens: Tensor | None, scale: float, reverse: bool, out_dtype: torch.dtype | None = None,
+    cu_seqlens: Tensor | None, scale: float, reverse: bool, dtype: torch.dtype,
 ) -> Pair:  # fmt: skip
-    """Every sequence by the kernels; o in ``out_dtype``, or the dtype of the state."""
+    """Every sequence by the kernels."""
     from flacompile.ops.kernels import linear_attn as kernels
 
-    out_dtype = state.dtype if out_dtype is None else out_dtype
     return kernels.linear_attn_forward(
-        q, k, v, gk, gv, state, cu_seqlens, scale, reverse, out_dtype=out_dtype
+        q, k, v, gk, gv, state, cu_seqlens, scale, reverse, out_dtype=dtype
     )
 
 
@@ -178,8 +177,7 @@ def linear_attn_forward(
     for name, g in (("gk", gk), ("gv", gv)):
         if g is not None and g.numel() and g.max() > 0:
             raise ValueError(f"{name} must be a log decay <= 0, got a maximum of {g.max():.4g}")
-    o, final = _run_cpu(q, k, v, gk, gv, state, cu_seqlens, scale, False)
-    return o.to(v.dtype), final
+    return _run_cpu(q, k, v, gk, gv, state, cu_seqlens, scale, False, v.dtype)
 
 
 def _forward_cuda(
@@ -203,14 +201,18 @@ def linear_attn_backward(
     cu_seqlens: Tensor | None, scale: float, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of every input of the op, on a CPU."""
-    return gradients(_run_cpu, q, k, v, gk, gv, state, cu_seqlens, scale, final, do, dfinal)
+    inputs = (q, k, v, gk, gv, state, cu_seqlens, scale, final, do, dfinal)
+    return gradients(_run_cpu, decay_gradient, *inputs)
 
 
 def _backward_cuda(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
     cu_seqlens: Tensor | None, scale: float, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return gradients(_run_cuda, q, k, v, gk, gv, state, cu_seqlens, scale, final, do, dfinal)
+    from flacompile.ops.kernels import decay_gradient as kernels
+
+    inputs = (q, k, v, gk, gv, state, cu_seqlens, scale, final, do, dfinal)
+    return gradients(_run_cuda, kernels.decay_gradient, *inputs)
 
 
 def _backward_fake(

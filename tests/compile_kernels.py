@@ -104,26 +104,24 @@ def dplr_variants():
     """A sweep forward, and one back in time over a pack, with one write or two, for each decay."""
     for (K, V), decay, dtype in product(SHAPES, ("g", "gk"), DTYPES):
         for writes, reverse in product((1, 2), (False, True)):
-            types = {"a": "*fp32", "b": f"*{dtype}"} | {decay: "*fp32"} | {"T": "i32", "H": "i32"}
-            types |= dict.fromkeys(("state", "u", "final_state"), "*fp32")
-            if writes == 2 or not reverse:  # one write back in time is dv, which is u
-                types |= {"q": "*fp32", "o": "*fp32"}
-            if writes == 1 or reverse:
-                types |= {"c": "*fp32"}
-            if writes == 2 or reverse:
-                types |= {"k": f"*{dtype}", "v": f"*{dtype}"}
+            dot = DTYPES[dtype]
+            types = dict.fromkeys("abuo", f"*{dtype}") | {decay: "*fp32", "scale": "fp32"}
+            types |= dict.fromkeys(("state", "final_state"), "*fp32")
+            types |= dict.fromkeys(("T", "H", "N", "CHUNKS"), "i32")
+            kept = "*bf16" if dot == "bf16" else "*fp32"
+            has_q, has_k = writes == 2 or not reverse, writes == 2 or reverse
+            types |= {"X": kept} | ({"q": f"*{dtype}", "QU": kept} if has_q else {})
+            types |= {"k": f"*{dtype}", "v": f"*{dtype}", "XV": kept} if has_k else {}
+            types |= {"QV": kept} if has_q and has_k else {}
+            types |= {"c": f"*{dtype}"} if writes == 1 and not reverse else {}
             if reverse:
-                types |= {"cu_seqlens": "*i64"}
-            constants = {
-                "K": K,
-                "V": V,
-                "REVERSE": reverse,
-                "PRECISION": linear_attn.DOTS[DTYPES[dtype]]["PRECISION"],
-            }
-            constants |= dplr.tiles(K, V, dtype == "fp32")
+                types |= dict.fromkeys(("cu_seqlens", "sequences", "places"), "*i64")
+            constants = {"K": K, "V": V, "REVERSE": reverse, "LIMIT": linear_attn.LIMITS[dot]}
+            constants |= dplr.tiles(K, V, dot) | linear_attn.DOTS[dot]
             back = ", reverse" if reverse else ""
-            name = f"dplr, {decay}, {writes} writes{back}, {dtype}, {K}x{V}"
-            yield Variant(name, dplr._sweep_kernel, types, constants)
+            for kernel in ("inside", "sweep"):
+                name = f"dplr {kernel}, {decay}, {writes} writes{back}, {dtype}, {K}x{V}"
+                yield Variant(name, getattr(dplr, f"_{kernel}_kernel"), types, constants)
 
 
 VARIANTS = (

@@ -469,9 +469,16 @@ def tiles(K: int, V: int, diagonals: int, dot: str) -> dict[str, int]:
         BV, C = 64 if BK <= 128 else 32, 64 if BK <= 128 and diagonals < 2 else 32
         C = min(C, 32) if dot == "tf32" else C
     BV = min(BV, max(16, triton.next_power_of_2(V)))
-    warps = 4 if BK <= (64 if dot == "ieee" else 128) else 8
+    warps = 4 if (64 if dot == "ieee" else 128) >= BK else 8
     stages = 1 if diagonals or dot == "ieee" else 2
     return {"BK": BK, "BV": BV, "C": C, "num_warps": warps, "num_stages": stages}
+
+
+def dot_of(*dtypes: torch.dtype) -> str:
+    """What the factors of dots of such tensors are: a name of DOTS."""
+    if torch.float32 in dtypes:
+        return "ieee"
+    return "bf16" if set(dtypes) == {torch.bfloat16} else "tf32"
 
 
 def num_segments(programs: Any, time: Any) -> Any:
@@ -492,7 +499,7 @@ def linear_attn_forward(
     reverse: bool,
     *,
     out_dtype: torch.dtype | None = None,
-    exact: bool | None = None,
+    dot: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel the decays call for.
 
@@ -506,7 +513,7 @@ def linear_attn_forward(
         scale: factor of the output.
         reverse: run time backwards inside each sequence, position t with the decay of t + 1.
         out_dtype: dtype of o; default v's.
-        exact: dots in fp32 rather than tf32; default where an input is fp32.
+        dot: what the factors of a dot are; default by the dtypes of q, k and v.
 
     Returns:
         o [B, T, H, V] and the state after the last row taken [N, H, K, V] fp32.
@@ -523,9 +530,7 @@ def linear_attn_forward(
     final_state = torch.empty(N, H, K, V, dtype=torch.float32, device=v.device)
 
     diagonals = (gk is not None) + (gv is not None)
-    dtypes = {q.dtype, k.dtype, v.dtype}
-    exact = torch.float32 in dtypes if exact is None else exact
-    dot = "ieee" if exact else "bf16" if dtypes == {torch.bfloat16} else "tf32"
+    dot = dot_of(q.dtype, k.dtype, v.dtype) if dot is None else dot
     meta = {"K": K, "V": V, "REVERSE": reverse, **tiles(K, V, diagonals, dot), **DOTS[dot]}
     meta |= {"LIMIT": LIMITS[dot]} if diagonals else {}
     kernel, decays = (_diagonal_kernel, (g, gk, gv)) if diagonals else (_scalar_kernel, (g,))

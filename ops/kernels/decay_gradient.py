@@ -1,0 +1,90 @@
+"""Triton kernels for the gradients of decays: dg_t = dg_{t+1} + change_t, back from the end.
+
+change = sum of x dx over the pairs in plus, less that over the pairs in minus. ``_channel_kernel``
+is for a decay a channel: one program a (sequence, head, block of channels) that walks time
+backwards. ``_row_kernel`` gives the change of a decay a head, summed over channels, row by row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flacompile.ops.closed_backward import running_gradient
+from flacompile.ops.kernels.launch import launch
+from flacompile.ops.kernels.linear_attn import _load, _rows, _sequence, _store_rows
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+@triton.jit
+def _product(x, dx, at, by, inside, col, X: tl.constexpr):
+    x = _load(x, at, by, inside, col, X).to(tl.float32)
+    return x * _load(dx, at, by, inside, col, X).to(tl.float32)
+
+
+@triton.jit
+def _change(p1, dp1, p2, dp2, m1, dm1, m2, dm2, at, by, inside, col, X: tl.constexpr):
+    change = _product(p1, dp1, at, by, inside, col, X) - _product(m1, dm1, at, by, inside, col, X)
+    if p2 is not None:
+        change += _product(p2, dp2, at, by, inside, col, X)
+    if m2 is not None:
+        change -= _product(m2, dm2, at, by, inside, col, X)
+    return change
+
+
+@triton.jit
+def _channel_kernel(
+    p1, dp1, p2, dp2, m1, dm1, m2, dm2, end, cu_seqlens, dg, T, H,
+    X: tl.constexpr, BX: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    BLOCKS: tl.constexpr = (X + BX - 1) // BX
+    sequence_head = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    n, h = sequence_head // H, sequence_head % H
+    start, length = _sequence(cu_seqlens, n, T)
+    i, col = tl.arange(0, C), (tl.program_id(0) % BLOCKS) * BX + tl.arange(0, BX)
+    after = tl.load(end + sequence_head * X + col, mask=col < X, other=0.0)
+    for first in range(0, length, C):
+        at, by, _later, inside, _ = _rows(first, i, start, length, h, H, True)
+        change = _change(p1, dp1, p2, dp2, m1, dm1, m2, dm2, at, by, inside, col, X)
+        _store_rows(tl.cumsum(change, 0) + after[None, :], dg, at, by, inside, col, X)
+        after += tl.sum(change, 0)
+
+
+@triton.jit
+def _row_kernel(
+    p1, dp1, p2, dp2, m1, dm1, m2, dm2, change, ROWS,
+    X: tl.constexpr, BX: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * C
+    i, col = tl.arange(0, C), tl.arange(0, BX)
+    inside = first + i < ROWS
+    found = _change(p1, dp1, p2, dp2, m1, dm1, m2, dm2, first, i, inside, col, X)
+    tl.store(change + first + i, tl.sum(found, 1), mask=inside)
+
+
+def decay_gradient(
+    plus: Pairs, minus: Pairs, end: Tensor, g: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """dg as ``closed_backward.decay_gradient`` gives it, of at most two pairs on either side."""
+    B, T, H, X = plus[0][0].shape
+    tensors: list[Tensor | None] = []
+    for pairs in (plus, minus):
+        tensors += [x.contiguous() for pair in pairs for x in pair]
+        tensors += [None] * (4 - 2 * len(pairs))
+    if g.ndim == 3:
+        change = end.new_empty(B, T, H, 1)
+        rows, C = B * T * H, 32
+        launch(
+            _row_kernel, (triton.cdiv(rows, C),), *tensors, change, rows, X=X,
+            BX=triton.next_power_of_2(X), C=C, num_warps=4,
+        )  # fmt: skip
+        return running_gradient(change, end, g, cu_seqlens)
+    dg, BX = torch.empty_like(g), min(32, triton.next_power_of_2(X))
+    launch(
+        _channel_kernel, (end.shape[0] * H * triton.cdiv(X, BX),), *tensors, end.contiguous(),
+        cu_seqlens, dg, T, H, X=X, BX=BX, C=64, num_warps=4,
+    )  # fmt: skip
+    return dg
