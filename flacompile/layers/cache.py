@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flacompile.layers.base import Mixer, Tokens
+from flacompile.layers.window import Kept, mix_near
 from flacompile.ops.validate import check_shape, expect
 from flacompile.passes.written_out import softcapped_attention
 
@@ -66,69 +67,28 @@ class CachedMixer(Mixer):
         self, x: Tensor, state: AttentionState | None, tokens: Tokens
     ) -> tuple[Tensor, AttentionState]:
         q, new = self.project(x, tokens)
-        o = self.mix(q, _with_past(state, new), self._mask(state, tokens))
-        return self.output_layer(o.flatten(2)), self._next_state(state, new, tokens)
+        if self.window_size is None:
+            o = self.mix(q, _with_past(state, new), _mask(state, tokens))
+            next_state = _longer(state, new, tokens)
+        else:
+            old = None if state is None else Kept(state.cached, state.valid)
+            o, kept = mix_near(self.mix, q, new, old, tokens, self.window_size)
+            next_state = AttentionState(*kept, tokens.end)
+        return self.output_layer(o.flatten(2)), next_state
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         self.validate_step(x, state)
         x = x[:, None]
         tokens = Tokens.of(x, state.position, None, None)
         q, new = self.project(x, tokens)
-        o = self.mix_step(q, _with_past(state, new), self._mask(state, tokens))
-        return self.output_layer(o.flatten(2))[:, 0], self._next_state(state, new, tokens)
-
-    def _mask(self, state: AttentionState | None, tokens: Tokens) -> Tensor | None:
-        """Which tokens of the state, then of this call, each token sees."""
-        if state is None and self.window_size is None and tokens.segment is None:
-            return None  # padding comes last, where a causal mask never looks
-        time = torch.arange(tokens.position.shape[1], device=tokens.position.device)
-        age = time[:, None] - time
-        sees = age >= 0
-        if self.window_size is not None:
-            sees = sees & (age < self.window_size)
-        if tokens.segment is not None:
-            sees = sees & (tokens.segment[:, None] == tokens.segment)
-        if state is None:
-            return sees[None]
-        old = self._sees_state(state, tokens)
-        return torch.cat((old, sees.expand(old.shape[0], -1, -1)), 2)
-
-    def _sees_state(self, state: AttentionState, tokens: Tokens) -> Tensor:
-        """[B, T, S], or [1, T, N S] for a pack."""
-        rows, time = tokens.position.shape
-        sees = state.valid.reshape(rows, 1, -1)
-        if tokens.segment is not None:
-            owner = torch.arange(state.valid.shape[0], device=sees.device)[:, None]
-            owner = owner.expand_as(state.valid).reshape(1, 1, -1)
-            sees = sees & (owner == tokens.segment[None, :, None])
-        if self.window_size is not None:
-            from_here_on = state.valid.flip(1).cumsum(1).flip(1)
-            key_position = (state.position[:, None] - from_here_on).reshape(rows, 1, -1)
-            sees = sees & (tokens.position[..., None] - key_position < self.window_size)
-        return sees.expand(rows, time, -1)
-
-    def _next_state(
-        self, state: AttentionState | None, new: tuple[Tensor, ...], tokens: Tokens
-    ) -> AttentionState:
-        """Every sequence of a pack keeps a view of all its tokens and marks its own as valid."""
-        num_sequences, device = tokens.end.shape[0], tokens.end.device
-        time = torch.arange(tokens.position.shape[1], device=device)
-        if tokens.segment is not None:
-            valid = tokens.segment == torch.arange(num_sequences, device=device)[:, None]
-        elif tokens.lengths is not None:
-            valid = time < tokens.lengths[:, None]
-        else:
-            valid = (time >= 0).expand(num_sequences, -1)
-        kept = [x.expand(num_sequences, *x.shape[1:]) for x in new] + [valid]
-        if state is not None or self.window_size is not None:
-            empty = (x.new_zeros(num_sequences, self.window_size or 0, *x.shape[2:]) for x in kept)
-            old = empty if state is None else (*state.cached, state.valid)
-            kept = [torch.cat(pair, 1) for pair in zip(old, kept, strict=True)]
-        if self.window_size is not None:
-            last = kept[-1].int().argsort(dim=1, stable=True)[:, -self.window_size :]
-            rows = torch.arange(num_sequences, device=device)[:, None]
-            kept = [x[rows, last] for x in kept]
-        return AttentionState(tuple(kept[:-1]), kept[-1], tokens.end)
+        oldest = 0 if self.window_size is None else 1  # leaves the window
+        pairs = zip(
+            (*state.cached, state.valid), (*new, state.valid.new_ones(len(x), 1)), strict=True
+        )
+        *kept, valid = (torch.cat((old[:, oldest:], token), 1) for old, token in pairs)
+        o = self.mix_step(q, tuple(kept), valid[:, None])
+        next_state = AttentionState(tuple(kept), valid, tokens.end)
+        return self.output_layer(o.flatten(2))[:, 0], next_state
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> AttentionState:
         weight = next(self.parameters())
@@ -196,3 +156,47 @@ def _with_past(state: AttentionState | None, new: tuple[Tensor, ...]) -> tuple[T
         torch.cat((old.reshape(x.shape[0], -1, *x.shape[2:]), x), 1)
         for old, x in zip(state.cached, new, strict=True)
     )
+
+
+def _mask(state: AttentionState | None, tokens: Tokens) -> Tensor | None:
+    """Which tokens of the state, then of this call, each token sees, without a window."""
+    if state is None and tokens.segment is None:
+        return None  # padding comes last, where a causal mask never looks
+    time = torch.arange(tokens.position.shape[1], device=tokens.position.device)
+    sees = time[:, None] >= time
+    if tokens.segment is not None:
+        sees = sees & (tokens.segment[:, None] == tokens.segment)
+    if state is None:
+        return sees[None]
+    old = _sees_state(state, tokens)
+    return torch.cat((old, sees.expand(old.shape[0], -1, -1)), 2)
+
+
+def _sees_state(state: AttentionState, tokens: Tokens) -> Tensor:
+    """[B, T, S], or [1, T, N S] for a pack."""
+    rows, time = tokens.position.shape
+    sees = state.valid.reshape(rows, 1, -1)
+    if tokens.segment is not None:
+        owner = torch.arange(state.valid.shape[0], device=sees.device)[:, None]
+        owner = owner.expand_as(state.valid).reshape(1, 1, -1)
+        sees = sees & (owner == tokens.segment[None, :, None])
+    return sees.expand(rows, time, -1)
+
+
+def _longer(
+    state: AttentionState | None, new: tuple[Tensor, ...], tokens: Tokens
+) -> AttentionState:
+    """Every sequence of a pack keeps a view of all its tokens and marks its own as valid."""
+    num_sequences, device = tokens.end.shape[0], tokens.end.device
+    time = torch.arange(tokens.position.shape[1], device=device)
+    if tokens.segment is not None:
+        valid = tokens.segment == torch.arange(num_sequences, device=device)[:, None]
+    elif tokens.lengths is not None:
+        valid = time < tokens.lengths[:, None]
+    else:
+        valid = (time >= 0).expand(num_sequences, -1)
+    kept = [x.expand(num_sequences, *x.shape[1:]) for x in new] + [valid]
+    if state is not None:
+        old = (*state.cached, state.valid)
+        kept = [torch.cat(pair, 1) for pair in zip(old, kept, strict=True)]
+    return AttentionState(tuple(kept[:-1]), kept[-1], tokens.end)
