@@ -14,6 +14,7 @@ import torch
 import flacompile
 from flacompile.distill import Recipe, Stage
 from flacompile.export import STAGES
+from flacompile.keep import Keep
 from flacompile.layers import MIXERS
 
 
@@ -43,9 +44,12 @@ def parser() -> argparse.ArgumentParser:
             "--mixer", default="gla", help=f"one of {', '.join(sorted(MIXERS))} (default: gla)"
         )
         command.add_argument(
-            "--keep", default="", help="attentions that stay softmax: a share (0.25) or indices "
-            "(0,5,-1); default none",
+            "--keep", default="", help="attentions that stay softmax: a share (0.25), indices "
+            "(0,5,-1), or auto, auto:0.5, auto:3 for those worth most; default none",
         )  # fmt: skip
+        command.add_argument(
+            "--window", type=int, help="tokens of a softmax beside every linear mixer; default none"
+        )
         command.add_argument(
             "--init", default="calibrated", choices=["neutral", "calibrated"],
             help="neutral copies weights; calibrated also fits decay and scale of every head",
@@ -86,14 +90,16 @@ def read_model(path: str) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(where, **options)
 
 
-def read_keep(text: str) -> float | list[int]:
-    """ "0.25" is a share, "0,5,-1" are indices, "" is nothing."""
+def read_keep(text: str) -> Keep:
+    """ "0.25" is a share, "0,5,-1" are indices, "auto..." is for ``convert``, "" is nothing."""
+    if text.startswith("auto"):
+        return text
     try:
         if "." in text:
             return float(text)
         return [int(part) for part in text.split(",") if part]
     except ValueError as error:
-        raise ValueError(f"keep: expected a share or indices, got {text!r}") from error
+        raise ValueError(f"keep: expected a share, indices or auto, got {text!r}") from error
 
 
 @contextmanager
@@ -128,7 +134,10 @@ def run(options: argparse.Namespace) -> None:
     """Carries out one parsed command."""
     if options.command in ("convert", "distill"):
         model, tokenizer = read_model(options.model)
-        flacompile.convert(model, options.mixer, keep=read_keep(options.keep), init=options.init)
+        flacompile.convert(
+            model, options.mixer, keep=read_keep(options.keep), window=options.window,
+            init=options.init,
+        )  # fmt: skip
         print(flacompile.report(model))
         if options.command == "distill":
             print(_distill(model, tokenizer, options))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -14,7 +15,10 @@ from torch.fx import GraphModule
 
 from flacompile import hf
 from flacompile.calibrate import calibrate
-from flacompile.layers import MIXERS, Mixer
+from flacompile.keep import BATCHES, Keep, keep_best, read_keep
+from flacompile.layers import MIXERS, HybridAttention, Mixer
+from flacompile.layers.base import RecurrentMixer
+from flacompile.ops.validate import expect
 from flacompile.passes.capture import default_ids, switch_to_sdpa
 from flacompile.passes.find_attention import find_attention
 from flacompile.passes.outline import forget_blocks, graph_of, outline_sites, restore_blocks
@@ -32,6 +36,7 @@ class Layer:
         path: its place in the module tree.
         found: what the pass found there.
         mixer: registry name of what stands there now.
+        window: number of tokens of the softmax beside it, or None.
         before: relative squared error of the new mixer's output, before calibration, against the
             attention it replaces.
         after: the same after it; equal to before where there was none.
@@ -42,24 +47,40 @@ class Layer:
     mixer: str
     before: float
     after: float
+    window: int | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.path} -> {self.mixer}"
+        text += f" and softmax over {self.window} tokens" if self.window else ""
+        text += f": relative error {self.before:.3f}"
+        return text + (f", calibrated {self.after:.3f}" if self.after != self.before else "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What ``convert`` did: layers converted, kept on request, left alone with the reason."""
+    """What ``convert`` did.
+
+    Attributes:
+        layers: converted.
+        kept: paths that were kept on request.
+        rejected: left alone, with the reason.
+        notes: what else there is to know.
+        gains: by path, what restoring this attention alone gained, where keep is "auto": nats of
+            KL to the original model, or relative error where the model returns no logits.
+    """
 
     layers: tuple[Layer, ...]
     kept: tuple[str, ...]
     rejected: tuple[Rejected, ...]
     notes: tuple[str, ...]
+    gains: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [
-            f"{x.path} -> {x.mixer}: relative error {x.before:.3f}"
-            + (f", calibrated {x.after:.3f}" if x.after != x.before else "")
-            for x in self.layers
+        lines = [str(layer) for layer in self.layers]
+        lines += [
+            f"{path}: kept" + (f", a gain of {self.gains[path]:.4f}" if self.gains else "")
+            for path in self.kept
         ]
-        lines += [f"{path}: kept" for path in self.kept]
         lines += [f"{x.path}: left alone, {x.reason}" for x in self.rejected]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
@@ -68,7 +89,8 @@ def convert(
     model: nn.Module | ExportedProgram,
     mixer: str | Mixer.Config = "gla",
     *,
-    keep: float | Sequence[int] = (),
+    keep: Keep = (),
+    window: int | None = None,
     init: Literal["neutral", "calibrated"] = "calibrated",
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     calibration: Iterable[Any] | None = None,
@@ -87,8 +109,12 @@ def convert(
             ExportedProgram is left as it was, but for its attention's weights, which are frozen.
         mixer: a registry name, or a mixer's ``Config``; of a Config, the fields that differ from
             the class's defaults are used, the rest follows the attention found.
-        keep: attentions that stay softmax: their indices in order, negative ones from the end, or
-            a share of all, spread evenly.
+        keep: attentions that stay softmax: their indices in order, negative ones from the end; a
+            share of all, spread evenly; or "auto", "auto:0.5" or "auto:3", a quarter, a share or a
+            number of them, those that bring the model nearest to the original on the first batches
+            of ``calibration`` when one alone is softmax again.
+        window: a number of tokens; every linear mixer then stands beside a softmax over that many
+            last tokens, and each head learns its share of the two.
         init: "neutral" copies q, k, v, o and opens the gates; "calibrated" then sets decay and
             scale of each head from the teacher's statistics, in closed form.
         example_inputs: arguments of one call of the model; by default random tokens for a
@@ -109,6 +135,10 @@ def convert(
         raise ValueError(f"init: expected 'neutral' or 'calibrated', got {init!r}")
     if isinstance(model, nn.Module) and swapped(model):
         raise ValueError("model: expected one that is not converted, got a converted one")
+    if window is not None:
+        expect(window >= 1, "window", "a number of tokens, at least 1", window)
+        linear = issubclass(cls, RecurrentMixer)
+        expect(linear, "window", "None where mixer is no linear one", f"{window} and {mixer!r}")
     args, kwargs = _call_of(example_inputs)
     if isinstance(model, ExportedProgram) and model.example_inputs and example_inputs is None:
         args, kwargs = model.example_inputs
@@ -116,7 +146,9 @@ def convert(
         model = graph_of(model, args, kwargs)
     with _all_or_nothing(model):
         note = switch_to_sdpa(model)
-        done = _convert(model, cls, changed, keep, init == "calibrated", args, kwargs, calibration)
+        done = _convert(
+            model, cls, changed, keep, window, init == "calibrated", args, kwargs, calibration
+        )
         notes = (*([note] if note else []), *done.notes)
         model.flacompile_report = dataclasses.replace(done, notes=notes)  # type: ignore[assignment]
     return model
@@ -126,7 +158,8 @@ def _convert(
     model: nn.Module,
     cls: type[Mixer],
     changed: dict[str, Any],
-    keep: float | Sequence[int],
+    keep: Keep,
+    window: int | None,
     calibrated: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -134,7 +167,7 @@ def _convert(
 ) -> Report:
     """``convert`` on arguments that were read; what it did so far stays if it raises."""
     findings = find_attention(model, args, kwargs)
-    kept = _kept(keep, len(findings.sites))
+    kept, to_choose = read_keep(keep, len(findings.sites))
     chosen = [site for i, site in enumerate(findings.sites) if i not in kept]
     kept_paths = tuple(findings.sites[i].path for i in sorted(kept))
     if not chosen:
@@ -146,19 +179,25 @@ def _convert(
         )
     chosen = outline_sites(model, chosen, args, kwargs)
     name = next(name for name, c in MIXERS.items() if c is cls)
-    mixers = {
-        site.path: build(cls, dataclasses.replace(cls.config_for(site), **changed), model, site)
-        for site in chosen
-    }
+    mixers = {}
+    for site in chosen:
+        config = dataclasses.replace(cls.config_for(site), **changed)
+        if window is not None:
+            config = HybridAttention.around(config, site, window)
+        mixers[site.path] = build(config.mixer, config, model, site)
     conventions = {site.path: hf.convention_of(model, site) for site in chosen}
     parts = {x.path: (x, mixers[x.path], conventions[x.path]) for x in chosen}
     calls = _calls(model, args, kwargs, calibration)
-    errors = calibrate(model, parts, calls, adjust=calibrated)
-    layers = [Layer(x.path, describe_site(x), name, *errors[x.path]) for x in chosen]
+    first = list(itertools.islice(calls, BATCHES)) if to_choose else []
+    errors = calibrate(model, parts, itertools.chain(first, calls), adjust=calibrated)
     for site in chosen:
         new = mixers[site.path].train(model.training)
         swap_attention(model, site, new, conventions[site.path])
-    return Report(tuple(layers), kept_paths, findings.rejected, findings.notes)
+    gains = keep_best(model, chosen, first, to_choose) if to_choose else {}
+    converted = [site for site in chosen if site.path in swapped(model)]
+    kept_paths += tuple(path for path in gains if path not in swapped(model))
+    layers = [Layer(x.path, describe_site(x), name, *errors[x.path], window) for x in converted]
+    return Report(tuple(layers), kept_paths, findings.rejected, findings.notes, gains)
 
 
 @contextmanager
@@ -250,16 +289,3 @@ def _calls(
 def _example_shape(model: nn.Module) -> tuple[int, int]:
     batch, time = EXAMPLE
     return batch, min(time, getattr(model.config, "max_position_embeddings", None) or time)
-
-
-def _kept(keep: float | Sequence[int], count: int) -> set[int]:
-    """Indices of the attentions to keep."""
-    if isinstance(keep, (int, float)):
-        if not 0 <= keep < 1:
-            raise ValueError(f"keep: expected indices or a share in [0, 1), got {keep}")
-        number = round(keep * count)
-        return {int((i + 0.5) * count / number) for i in range(number)}
-    wrong = [i for i in keep if not -count <= i < count]
-    if wrong:
-        raise ValueError(f"keep: expected indices of {count} attentions, got {wrong}")
-    return {i % count for i in keep}

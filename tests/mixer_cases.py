@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mixer_inputs import HALVES
+from mixer_inputs import HALVES, WIDTH
 
 from flacompile.blocks import QKNorm, Rotary
-from flacompile.layers import MIXERS
+from flacompile.layers import MIXERS, Attention
 from flacompile.layers.qkv import QKVMixer
 from flacompile.yarn import RopeScaling
 
@@ -27,6 +27,15 @@ QKV = {  # of every mixer with the projections of attention
     "qk_norm": {"qk_norm": QKNorm(1e-6, True, 1.0), "rotary": HALVES},
     "qk_norm_wide": {"qk_norm": QKNorm(1e-6, False), "num_kv_heads": 2},
 }
+
+
+def beside(linear: str, window: int, **fields: object) -> dict:
+    """A hybrid of this mixer and a softmax of as many heads over a window."""
+    softmax = {"hidden_size": WIDTH, "num_heads": 4, "num_kv_heads": 2, "rotary": HALVES}
+    config = MIXERS[linear].Config(**({"hidden_size": WIDTH, "num_heads": 4} | fields))
+    return {"softmax": Attention.Config(window_size=window, **softmax), "linear": config}
+
+
 VARIANTS = {
     "abc": {
         "conv": {"use_short_conv": True, "num_kv_heads": 2, "num_slots": 5, "rotary": HALVES},
@@ -68,6 +77,13 @@ VARIANTS = {
         "bare": {"use_output_gate": False, "output_norm": False},
         "norm_alone": {"use_output_gate": False},
         "sigmoid_gate": {"gate_fn": "sigmoid", "feature_map": "relu", "clamp_min": -0.05},
+    },
+    "hybrid": {
+        "gla": beside("gla", 5, rotary=HALVES, num_kv_heads=2),
+        "default": {},
+        "mamba2": beside("mamba2", 1, expand=1, head_dim=12, state_size=8, n_groups=2),
+        "gated_deltanet": beside("gated_deltanet", 3, head_dim=10, o_bias=True),
+        "linear_attn": beside("linear_attn", 200, feature_map="elu", do_feature_map_norm=True),
     },
     "rwkv6": {
         "sigmoid_gate": {"gate_fn": "sigmoid"},

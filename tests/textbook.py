@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from textbook_parts import GATES, conv, gated_output, identity, linear, qkv, rms, rotate, σ
 
+from flacompile.layers import MIXERS
+
 
 def decayed(m, x, g):
     """S = diag(e^g) S + k v^T, o = scale q S."""
@@ -165,13 +167,14 @@ def mamba(m, x):
 
 
 def mamba2(m, x):
-    c, H, width, y = m.config, len(m.A_log), m.out_proj.in_features, m.in_proj(x)
-    Z, G, N = width * c.use_output_gate, c.num_kv_heads or c.n_groups, c.state_size
+    c, H, y = m.config, len(m.A_log), m.in_proj(x)
+    P, G, N = c.head_dim, c.num_kv_heads or c.n_groups, c.state_size
+    Z = H * P * c.use_output_gate
     z, u, dt = y.split((Z, y.shape[-1] - Z - H, H), -1)
     u = conv(u, m.conv1d.weight, m.conv1d.bias) if c.use_short_conv else u
     u, B, C = u.split((u.shape[-1] - (G + c.n_groups) * N, G * N, c.n_groups * N), -1)
     dt = F.softplus(dt + m.dt_bias).clamp(*c.dt_limit)[..., None]
-    u, B = stream(m, u, H, width // H), stream(m, B, H, N, "B_norm")
+    u, B = stream(m, u, H, P), stream(m, B, H, N, "B_norm")
     y = ssm(m, u, dt, -m.A_log.exp()[:, None, None], B, stream(m, C, H, N, "C_norm"))
     gate = F.silu(z) if Z else 1.0
     y, after = (y, gate) if c.norm_before_gate else (y * gate, 1.0)
@@ -341,6 +344,14 @@ def hgrn2(m, x):
     return m.o_proj(rms(o, m.g_norm.weight) if c.output_norm else o)
 
 
+def hybrid(m, x):
+    """The parts end in the identity: their loops give o."""
+    name = next(name for name, cls in MIXERS.items() if type(m.linear) is cls)
+    a, b, s = attn(m.softmax, x), TEXTBOOK[name](m.linear, x), σ(m.share)[:, None]
+    a, b = (o.unflatten(-1, (len(s), -1)) for o in (a, b))
+    return m.o_proj(torch.cat(((s * a).flatten(2), ((1 - s) * b).flatten(2)), -1))
+
+
 TEXTBOOK = {
     "abc": abc,
     "lightnet": lightnet,
@@ -352,6 +363,7 @@ TEXTBOOK = {
     "gla": gla,
     "hgrn": hgrn,
     "hgrn2": hgrn2,
+    "hybrid": hybrid,
     "linear_attn": linear_attn,
     "mamba": mamba,
     "mla": mla,

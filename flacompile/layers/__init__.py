@@ -11,6 +11,7 @@ from flacompile.layers.gated_deltaproduct import GatedDeltaProduct
 from flacompile.layers.gla import GatedLinearAttention
 from flacompile.layers.hgrn import HGRNAttention
 from flacompile.layers.hgrn2 import HGRN2Attention
+from flacompile.layers.hybrid import HybridAttention, HybridState
 from flacompile.layers.lightnet import LightNetAttention
 from flacompile.layers.linear_attn import LinearAttention
 from flacompile.layers.mamba import Mamba
@@ -32,6 +33,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gla": GatedLinearAttention,
     "hgrn": HGRNAttention,
     "hgrn2": HGRN2Attention,
+    "hybrid": HybridAttention,
     "lightnet": LightNetAttention,
     "linear_attn": LinearAttention,
     "mamba": Mamba,
@@ -55,6 +57,8 @@ __all__ = [
     "GatedLinearAttention",
     "HGRN2Attention",
     "HGRNAttention",
+    "HybridAttention",
+    "HybridState",
     "LightNetAttention",
     "LinearAttention",
     "Mamba",

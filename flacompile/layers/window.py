@@ -57,7 +57,7 @@ def mix_near(
         here = here[old.valid.numel() :]
     o = _mix_blocks(mix, q, kept, layout.owner, window).index_select(1, here)
     last = layout.end[:, None] - window + torch.arange(window, device=q.device)
-    at = layout.index, last.clamp(min=0)
+    at = layout.rank, last.clamp(min=0)
     valid = (last >= layout.begin[:, None]) & (layout.owner[at] >= 0)
     return o, Kept(tuple(x[at] for x in kept), valid)
 
@@ -65,13 +65,13 @@ def mix_near(
 class _Layout(NamedTuple):
     """Rows in which every sequence is its slots, then its tokens.
 
-    owner [B, L]: sequence of what stands there, -1 for an empty slot; index [N, 1], begin [N] and
+    owner [B, L]: sequence of what stands there, -1 for an empty slot; rank [N, 1], begin [N] and
     end [N] of a sequence: its row, and where it begins and ends in it. place: of the slots of all
     sequences and then of the tokens in the row of a pack; None where each has a row of its own.
     """
 
     owner: Tensor
-    index: Tensor
+    rank: Tensor
     begin: Tensor
     end: Tensor
     place: Tensor | None = None
