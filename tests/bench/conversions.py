@@ -1,6 +1,7 @@
 """What every mixer keeps of a converted Transformer: the project's own teacher, briefly distilled.
 
     python tests/bench/conversions.py [--mixer NAME ...] [--seconds 150] [--threads 2] [--jobs 1]
+        [--keep auto] [--window 16]
 
 One row a mixer: the layers' mean relative error before and after calibration, held-out nll of the
 swap and of the student, and the share of the gap closed between no attention at all (0) and the
@@ -21,20 +22,21 @@ from typing import Any
 import torch
 
 import flacompile
-from flacompile.cli import read_model
+from flacompile.cli import read_keep, read_model
 from flacompile.distill import Recipe, Stage
 from flacompile.distill.data import read_tokens, rows
+from flacompile.keep import Keep
 from flacompile.layers import MIXERS
 
 TEACHER = Path(__file__).resolve().parents[1] / "teacher"
 
 
-def measure(mixer: str, seconds: float) -> dict[str, Any]:
+def measure(mixer: str, seconds: float, keep: Keep, window: int | None) -> dict[str, Any]:
     """Converts and distils, in this process; a third of the time aligns the mixers."""
     model, tokenizer = read_model(str(TEACHER))
     text = TEACHER / "train.txt"
     calibration = rows(read_tokens(text, tokenizer)[:2048], 2048, 128)
-    flacompile.convert(model, mixer=mixer, calibration=[calibration])
+    flacompile.convert(model, mixer=mixer, keep=keep, window=window, calibration=[calibration])
     layers = flacompile.report(model).layers
     recipe = Recipe(
         align=Stage(steps=5000, minutes=seconds / 180),
@@ -54,12 +56,10 @@ def measure(mixer: str, seconds: float) -> dict[str, Any]:
     }
 
 
-def in_a_process(mixer: str, seconds: float, threads: int) -> dict[str, Any]:
-    """``measure`` in a new process; a failure is a row that says so."""
-    command = [sys.executable, __file__, "--mixer", mixer, "--seconds", str(seconds), "--alone"]
-    run = subprocess.run(
-        [*command, "--threads", str(threads)], capture_output=True, text=True, check=False
-    )
+def in_a_process(mixer: str, arguments: list[str]) -> dict[str, Any]:
+    """``measure`` in a new process, under the same arguments; a failure is a row that says so."""
+    command = [sys.executable, __file__, *arguments, "--alone", mixer]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         return {"mixer": mixer, "error": run.stderr.strip().splitlines()[-1]}
     return json.loads(run.stdout.splitlines()[-1])
@@ -71,19 +71,22 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=150, help="of distillation")
     options.add_argument("--threads", type=int, default=2, help="cores of one mixer")
     options.add_argument("--jobs", type=int, default=1, help="mixers at the same time")
+    options.add_argument("--keep", default="", help="as of flacompile convert")
+    options.add_argument("--window", type=int, help="tokens of a softmax beside every mixer")
     options.add_argument("--json", type=Path, help="also write the rows here")
-    options.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    options.add_argument("--alone", help=argparse.SUPPRESS)
     options = options.parse_args()
     if options.alone:
         torch.set_num_threads(options.threads)
-        print(json.dumps(measure(options.mixer[0], options.seconds)))
+        keep = read_keep(options.keep)
+        print(json.dumps(measure(options.alone, options.seconds, keep, options.window)))
         return
     print("| mixer | layer error | calibrated | swap nll | student nll | share closed |")
     print("|---|---|---|---|---|---|", flush=True)
     found = []
     with ThreadPoolExecutor(options.jobs) as pool:
         names = options.mixer or sorted(MIXERS)
-        for row in pool.map(lambda n: in_a_process(n, options.seconds, options.threads), names):
+        for row in pool.map(lambda n: in_a_process(n, sys.argv[1:]), names):
             found.append(row)
             if "error" in row:
                 print(f"| {row['mixer']} | {row['error']} |", flush=True)
