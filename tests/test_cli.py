@@ -29,7 +29,10 @@ def test_distill_then_generate(tmp_path, capsys):
     [
         (["convert", "/nowhere", "out"], "model: expected a folder or a .gguf file"),
         (["convert", str(TEACHER), "out", "--mixer", "gal"], "mixer: expected one of abc, attn"),
-        (["convert", str(TEACHER), "out", "--keep", "a"], "keep: expected a share, indices or auto"),
+        (
+            ["convert", str(TEACHER), "out", "--keep", "a"],
+            "keep: expected a share, indices or auto",
+        ),
         (["distill", str(TEACHER), "/nowhere", "out"], "data: expected a text file"),
         (["export", "/nowhere", "model.pt2"], "path: expected a folder with flacompile.json"),
     ],

@@ -163,7 +163,7 @@ def test_routes(name, mixer):
     with routed(model, "zero"):
         assert distance(logits(model, ids), logits(silent, ids)) < 1e-5
     assert logits(model, ids).equal(mixed)
-    if mixer not in ("attn", "mla"):
+    if mixer not in ("attn", "mla", "hybrid"):  # whose window is longer than the text
         assert distance(mixed, want) > 1e-3
 
 
