@@ -81,7 +81,7 @@ VARIANTS = {
     "hybrid": {
         "gla": beside("gla", 5, rotary=HALVES, num_kv_heads=2),
         "default": {},
-        "mamba2": beside("mamba2", 1, expand=1, head_dim=12, state_size=8, n_groups=2),
+        "mamba2": beside("mamba2", 2, expand=1, head_dim=12, state_size=8, n_groups=2),
         "gated_deltanet": beside("gated_deltanet", 3, head_dim=10, o_bias=True),
         "linear_attn": beside("linear_attn", 200, feature_map="elu", do_feature_map_norm=True),
     },
