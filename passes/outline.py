@@ -189,14 +189,14 @@ def _region(draft: Draft) -> tuple[list[Node], list[Node]]:
 
     So are constants that x does not need (positions, masks), which can then go with it.
     """
-    before = _behind(draft.x, set())
-    region = _behind(draft.y, {n for n in before if n.op != "get_attr"})
+    before = behind(draft.x, set())
+    region = behind(draft.y, {n for n in before if n.op != "get_attr"})
     nodes = sorted(n for n in region if n.op != "placeholder")
     outside = {i for n in nodes for i in n.all_input_nodes} - set(nodes) - {draft.x}
     return [draft.x, *sorted(outside)], nodes
 
 
-def _behind(end: Node, known: set[Node]) -> set[Node]:
+def behind(end: Node, known: set[Node]) -> set[Node]:
     """The node and all that it is computed from, known ones aside."""
     seen: set[Node] = set()
     stack = [end]

@@ -35,6 +35,13 @@ def pairs(x: Tensor, cross: float = 1.0) -> Tensor:
     return torch.cat((x * x, *others), -1)[..., : K * (K + 1) // 2]
 
 
+def taylor_features(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """φ(q), φ(k) [..., (K + 1) (K + 2) / 2] of q, k [..., K]; their product is 1 + a + a²/2."""
+    q, one = scale * q, torch.ones_like(q[..., :1])
+    q = torch.cat((one, q, 0.5 * pairs(q, 2)), -1)
+    return q, torch.cat((torch.ones_like(k[..., :1]), k, pairs(k)), -1)
+
+
 class BasedLinearAttention(FeatureAttention):
     @dataclass(frozen=True, kw_only=True)
     class Config(FeatureAttention.Config):
@@ -53,9 +60,7 @@ class BasedLinearAttention(FeatureAttention):
         self.scale, self.qk_scale = 1.0, K**-0.5 if config.scale is None else config.scale
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        q, one = self.qk_scale * q, torch.ones_like(q[..., :1])
-        q = torch.cat((one, q, 0.5 * pairs(q, 2)), -1)
-        return q, torch.cat((torch.ones_like(k[..., :1]), k, pairs(k)), -1)
+        return taylor_features(q, k, self.qk_scale)
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from flacompile.passes.sites import AttentionSite
 
 
+def square_features(q: Tensor, k: Tensor, scale: float, offset: float) -> tuple[Tensor, Tensor]:
+    """Features of q, k [..., K] whose product is (offset + scale q·k)²."""
+    q = scale * q
+    if offset != 0:
+        one = torch.ones_like(q[..., :1])
+        q = torch.cat((q, offset * one), -1)
+        k = torch.cat((k, torch.ones_like(k[..., :1])), -1)
+    return pairs(q, 2), pairs(k)
+
+
 class NormalisedAffine(nn.Module):
     """γ ⊙ LayerNorm(x) + β, each of the three where it is asked for."""
 
@@ -65,12 +75,8 @@ class ReBasedLinearAttention(FeatureAttention):
         self.feature_map = NormalisedAffine(K, config.use_gamma, config.use_beta, config.normalize)
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        q, k = self.qk_scale * self.feature_map(q), self.feature_map(k)
-        if self.config.offset != 0:
-            one = torch.ones_like(q[..., :1])
-            q = torch.cat((q, self.config.offset * one), -1)
-            k = torch.cat((k, torch.ones_like(k[..., :1])), -1)
-        return pairs(q, 2), pairs(k)
+        q, k = self.feature_map(q), self.feature_map(k)
+        return square_features(q, k, self.qk_scale, self.config.offset)
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
