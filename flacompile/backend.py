@@ -32,6 +32,8 @@ from flacompile.passes.outline import behind
 from flacompile.passes.structure import AttentionArgs
 from flacompile.passes.walk import NotProvable
 
+ATTENTION = torch.nn.functional.scaled_dot_product_attention  # as Dynamo calls it
+
 log = logging.getLogger(__name__)
 
 
@@ -133,15 +135,17 @@ def flacompile(
 
 def read_options(options: dict[str, Any]) -> tuple[str, dict[str, str], dict[str, Any]]:
     """(mixer, its choices, Inductor's options) of valid options."""
-    names = ", ".join(MIXINGS)
-    mixer = options.get("mixer")
-    expect(mixer in MIXINGS, "options['mixer']", f"one of {names} (the others learn)", mixer)
+    from torch._inductor import list_options
+
+    mixer = str(options.get("mixer"))
+    wanted = f"one of {', '.join(MIXINGS)}, which have nothing to learn"
+    expect(mixer in MIXINGS, "options['mixer']", wanted, mixer)
     known = CHOICES.get(mixer, {})
     choices = {name: value for name, value in options.items() if name in known}
     for name, value in choices.items():
         expect(value in known[name], f"options[{name!r}]", f"one of {known[name]}", value)
     rest = {n: v for n, v in options.items() if n != "mixer" and n not in known}
-    for name in set(rest) - set(torch._inductor.list_options()):
+    for name in set(rest) - set(list_options()):
         wanted = f"'mixer', an option of {mixer} {tuple(known)} or one of Inductor's"
         expect(False, "options", wanted, name)
     return mixer, choices, rest
@@ -155,7 +159,7 @@ def swap_calls(gm: GraphModule, mixer: str, choices: dict[str, str]) -> tuple[in
     """
     count, reasons = 0, Counter[str]()
     for node in list(gm.graph.nodes):
-        if node.target is not torch._C._nn.scaled_dot_product_attention:
+        if node.target is not ATTENTION:
             continue
         args = AttentionArgs.of(node)
         try:
@@ -173,7 +177,6 @@ def swap_calls(gm: GraphModule, mixer: str, choices: dict[str, str]) -> tuple[in
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         gm.graph.erase_node(node)
-    gm.graph.eliminate_dead_code()
     gm.recompile()
     log.info("%d attentions became %s", count, mixer)
     if reasons:
