@@ -130,7 +130,7 @@ def flacompile(
 
     mixer, choices, inductor = read_options(options or {})
     swap_calls(gm, mixer, choices)
-    return compile_fx(gm, list(example_inputs), config_patches=inductor)
+    return compile_fx(gm, list(example_inputs), config_patches=inductor)  # type: ignore[return-value]
 
 
 def read_options(options: dict[str, Any]) -> tuple[str, dict[str, str], dict[str, Any]]:
