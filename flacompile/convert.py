@@ -197,7 +197,10 @@ def _convert(
     converted = [site for site in chosen if site.path in swapped(model)]
     kept_paths += tuple(path for path in gains if path not in swapped(model))
     layers = [Layer(x.path, describe_site(x), name, *errors[x.path], window) for x in converted]
-    return Report(tuple(layers), kept_paths, findings.rejected, findings.notes, gains)
+    notes = findings.notes
+    if any(site.window for site in converted) and issubclass(cls, RecurrentMixer):
+        notes += (f"{name} sees all of the past, also where the attention had a sliding window",)
+    return Report(tuple(layers), kept_paths, findings.rejected, notes, gains)
 
 
 @contextmanager

@@ -67,6 +67,31 @@ def test_part_of_a_model(name):
     assert len(report(model).rejected) == LAYERS * len(left)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mixtral", "gptj"])
+def test_decoding_from_a_cache_is_exact(name):
+    """Twelve tokens, past the window, one by one."""
+    model, options = MODELS[name]().model, {"max_new_tokens": 12, "do_sample": False}
+    want = model.generate(ids_of(6, 2, 5), **options)
+    flacompile.convert(model, "attn", init="neutral")
+    assert model.generate(ids_of(6, 2, 5), **options).equal(want)
+
+
+@pytest.mark.parametrize("name", ["handwritten_encoder", "handwritten_time_first"])
+def test_padding_of_pytorchs_layers_is_not_seen(name):
+    model, inputs, _ = MODELS[name]()
+    ids, padding = ids_of(3), torch.arange(24) >= torch.tensor([[24], [17]])
+    want = logits(model, ids, padding)
+    flacompile.convert(model, "attn", init="neutral", example_inputs=inputs)
+    assert distance(logits(model, ids, padding)[~padding], want[~padding]) < 1e-5
+
+
+def test_a_window_that_a_mixer_does_not_keep_is_said():
+    note = "note: gla sees all of the past, also where the attention had a sliding window"
+    for mixer, said in (("gla", True), ("attn", False)):
+        model = flacompile.convert(MODELS["mistral"]().model, mixer, init="neutral")
+        assert (note in str(report(model))) == said
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_converts(name):
     """To a linear mixer, which sees no later token."""
