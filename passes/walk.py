@@ -181,8 +181,8 @@ def walk_forward(attention: Node) -> ProjectionNode:
         node = users[0]
         projection = read_projection(node)
         if projection is not None:
-            after = next(iter(node.users)) if len(node.users) == 1 else None
-            return (after and read_projection(after)) or projection
+            after = [_with_bias(n) for n in node.users if op_name(n) == "add"]
+            return (after[0] if len(node.users) == 1 and after else None) or projection
         if not is_layout(node):
             raise NotProvable(f"{_step(node)} between attention and output projection")
 

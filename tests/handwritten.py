@@ -174,6 +174,17 @@ class CrossModel(nn.Module):
         return self.norm(x + self.attention(x, memory))
 
 
+class Funnel(nn.Module):
+    """An attention right before another linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.after = PackedAttention(), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.inner(x))
+
+
 class WrittenOut(PackedAttention):
     """Softmax of a product, by hand."""
 
