@@ -1,12 +1,13 @@
 """Decay and scale of each head from the teacher's statistics, in closed form and in one pass.
 
-With o_h(c) what head h adds to the output under candidate half-life c, the error
+With o_h(c) what head h adds to the output under the c-th setting of its gates, the error
 
     ||Σ_h s_h o_h(c_h) - y||² = ||y||² - 2 s·r + s·G s        r = <o_h(c_h), y>, G = <o_h, o_g>
 
 is a quadratic form of sums over tokens: r for every (c, h), G for every two of them, and ||y||².
 They are added up batch by batch; nothing else is kept of a batch. Candidates are the neutral
-half-lives and multiples of how far the teacher's head looks back. From the sums each head takes the
+half-lives and multiples of how far the teacher's head looks back, each with every share of what a
+key recalls that the mixer may replace, where it replaces any. From the sums each head takes the
 candidate that lowers the error most, others as they are, until none does, where the scales s solve
 G s = r. The search starts at the neutral mixer, so it never ends above its error.
 """
@@ -90,12 +91,8 @@ class HeadFit:
 
     def __init__(self, mixer: Mixer, look_back: Tensor | None, adjust: bool) -> None:
         self.mixer, self.adjust = mixer, adjust
-        self.half_lives: Tensor | None = None  # [C, H], the neutral ones first
-        if look_back is not None:
-            stretch = math.log(2) * torch.tensor(STRETCH).to(look_back)
-            near = stretch[:, None] * look_back.clamp_min(1.0)
-            self.half_lives = torch.cat((mixer.neutral_half_life.to(near)[None], near))
-        self.candidates = 1 if self.half_lives is None else len(self.half_lives)
+        self.gates = {} if look_back is None else candidates(mixer, look_back)
+        self.candidates = max(map(len, self.gates.values()), default=1)
         size = self.candidates * mixer.output_heads
         layer = mixer.output_layer
         self.weight = layer.weight.double().unflatten(1, (mixer.output_heads, -1))  # [D, H, V]
@@ -108,7 +105,7 @@ class HeadFit:
         """Adds a batch: the attention's input and output [B, T, D], and its real tokens [B, T]."""
         heads = []
         for c in range(self.candidates):
-            self._set([c] * len(self.mixer.decay_groups))
+            self._open([c] * len(self.mixer.decay_groups))
             heads.append(head_outputs(self.mixer, x, mask))
         outputs = torch.stack(heads, 1)  # [N, C, H, V]
         y = y.flatten(0, 1) if mask is None else y[mask.bool()]
@@ -136,18 +133,17 @@ class HeadFit:
                 error = self._error(trial, solved)
                 if error < best * (1 - RIDGE):
                     choice, scales, best, improved = trial, solved, error, True
-        self._set(choice)
+        self._open(choice)
         if self.adjust:
             self.mixer.scale_heads(scales)
         return Errors(before, best)
 
-    def _set(self, choice: list[int]) -> None:
-        """Gives every decay of the mixer the candidate of its group."""
-        if self.half_lives is not None:
-            heads = self.half_lives.shape[1]
-            index = torch.tensor(choice, device=self.half_lives.device)
-            index = index.repeat_interleave(heads // len(choice))
-            self.mixer.set_half_life(self.half_lives.gather(0, index[None])[0])  # type: ignore[operator]
+    def _open(self, choice: list[int]) -> None:
+        """Sets the gates of every group of heads to its candidate."""
+        for setter, table in self.gates.items():
+            index = torch.tensor(choice, device=table.device)
+            index = index.repeat_interleave(table.shape[1] // len(choice))
+            getattr(self.mixer, setter)(table.gather(0, index[None])[0])
 
     def _index(self, choice: list[int]) -> Tensor:
         """Places in the sums of the heads under this choice."""
@@ -170,6 +166,18 @@ class HeadFit:
         rest, power = self.power
         error = rest - 2 * scales @ self.right[i] + scales @ self.gram[i][:, i] @ scales
         return (error.clamp_min(0) / power.clamp_min(torch.finfo(power.dtype).tiny)).item()
+
+
+def candidates(mixer: Mixer, look_back: Tensor) -> dict[str, Tensor]:
+    """What the mixer's gates may be set to, [C, H] by the method that sets them, neutral first."""
+    stretch = math.log(2) * torch.tensor(STRETCH).to(look_back)
+    near = stretch[:, None] * look_back.clamp_min(1.0)
+    half_lives = torch.cat((mixer.neutral_half_life.to(near)[None], near))
+    if not mixer.replaced:
+        return {"set_half_life": half_lives}
+    shares = torch.tensor(mixer.replaced).to(near).repeat_interleave(len(half_lives))
+    half_lives = half_lives.repeat(len(mixer.replaced), 1)
+    return {"set_half_life": half_lives, "set_replaced": shares[:, None].expand_as(half_lives)}
 
 
 def head_outputs(mixer: Mixer, x: Tensor, mask: Tensor | None) -> Tensor:

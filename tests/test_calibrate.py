@@ -12,7 +12,7 @@ from models import MODELS, VOCAB, llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flacompile
-from flacompile.calibrate import HeadFit, calibrate, look_back
+from flacompile.calibrate import HeadFit, calibrate, candidates, look_back
 from flacompile.convert import build, report
 from flacompile.distill.objectives import attention_io
 from flacompile.layers import MIXERS
@@ -71,7 +71,8 @@ def test_neutral_gates_are_those_of_a_conversion(mixer):
     """So that the first candidate is the neutral mixer, and every head has a place in a group."""
     _, _, new = one_layer(mixer)
     state = {k: v.clone() for k, v in new.state_dict().items()}
-    new.set_half_life(new.neutral_half_life)
+    for setter, values in candidates(new, torch.ones(new.output_heads)).items():
+        getattr(new, setter)(values[0])
     assert all(v.equal(state[k]) for k, v in new.state_dict().items())
     heads = [head for group in new.decay_groups for head in group]
     assert heads == list(range(new.output_heads))

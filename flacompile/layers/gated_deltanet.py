@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,7 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
         beta_bias: bool = False
 
     config: Config
+    replaced: ClassVar[tuple[float, ...]] = (0.5, 0.1)  # of β
 
     def __init__(self, config: Config, steps: int, forget: bool, gate: str | None) -> None:
         value_dim = int(config.head_dim * config.expand_v)
@@ -151,6 +152,19 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
             self.a_proj.weight.zero_()
             self.dt_bias.copy_(inverse_softplus(math.log(2) / tokens.double()))
 
+    @torch.no_grad()
+    def set_replaced(self, share: Tensor) -> None:
+        """Makes β of head h share[h], whatever the input; of several steps, that of the last.
+
+        Args:
+            share: [H], in (0, 1).
+        """
+        check_shape("share", share, (self.heads,))
+        expect(self.b_proj.bias is not None, "beta_bias", "True in the config", False)
+        share = share / 2 if self.config.allow_neg_eigval else share
+        self.b_proj.weight[-self.heads :].zero_()
+        self.b_proj.bias[-self.heads :].copy_(share.logit())
+
     def attention_rows(self, name: str, parameter: Tensor) -> Tensor:
         return parameter.unflatten(0, (self.steps, -1))[-1] if name in ("k", "v") else parameter
 
@@ -163,10 +177,10 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
         """
         super().load_attention(weights)
         self.v_proj.weight.unflatten(0, (self.steps, -1))[:-1].zero_()
-        beta = torch.tensor([0.05] * (self.steps - 1) + [0.5], dtype=torch.float64)
-        beta = beta / 2 if self.config.allow_neg_eigval else beta
+        beta = 0.025 if self.config.allow_neg_eigval else 0.05
         self.b_proj.weight.zero_()
-        self.b_proj.bias.copy_(beta.logit().repeat_interleave(self.heads))
+        self.b_proj.bias.fill_(math.log(beta / (1 - beta)))
+        self.set_replaced(torch.full((self.heads,), self.replaced[0]))
         self.set_half_life(self.neutral_half_life)
 
     @classmethod

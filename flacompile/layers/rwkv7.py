@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from flacompile.passes.sites import AttentionWeights
 
 FASTEST = math.exp(-0.5)  # the largest -w
-REPLACED = 0.1  # a at the start of a conversion
 
 
 class RWKV7Attention(RWKVAttention):
@@ -66,6 +65,7 @@ class RWKV7Attention(RWKVAttention):
             return max(1, steps) * 32 if given is None else given
 
     config: Config
+    replaced: ClassVar[tuple[float, ...]] = (0.1, 0.3)  # of a
     places: ClassVar[dict[str, str]] = {"q": "r_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
     def __init__(self, config: Config) -> None:
@@ -218,11 +218,20 @@ class RWKV7Attention(RWKVAttention):
         """No state falls faster than by e^-FASTEST a token; a higher rate comes near it."""
         return torch.logit((rate / FASTEST).clamp(max=0.99))
 
+    def set_replaced(self, share: Tensor) -> None:
+        """Makes a of head h share[h], whatever the input.
+
+        Args:
+            share: [H], in (0, 1).
+        """
+        check_shape("share", share, (self.config.num_heads,))
+        self.a_lora.start_at(share.logit().repeat_interleave(self.key_dim))
+
     @torch.no_grad()
     def load_attention(self, weights: AttentionWeights) -> None:
         """As the base class; a key replaces little, and no token looks at the one before it."""
         super().load_attention(weights)
-        self.a_lora.start_at(torch.logit(torch.tensor(REPLACED)))
+        self.set_replaced(torch.full((self.config.num_heads,), self.replaced[0]))
         self.k_k.fill_(1)
         for parameter in (self.k_a, self.r_k, *(self.get_parameter(name) for name in self.mixes)):
             parameter.zero_()
