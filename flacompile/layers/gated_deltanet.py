@@ -161,7 +161,7 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
         """
         check_shape("share", share, (self.heads,))
         expect(self.b_proj.bias is not None, "beta_bias", "True in the config", False)
-        share = share / 2 if self.config.allow_neg_eigval else share
+        share = share.double() / (2 if self.config.allow_neg_eigval else 1)
         self.b_proj.weight[-self.heads :].zero_()
         self.b_proj.bias[-self.heads :].copy_(share.logit())
 

@@ -225,7 +225,7 @@ class RWKV7Attention(RWKVAttention):
             share: [H], in (0, 1).
         """
         check_shape("share", share, (self.config.num_heads,))
-        self.a_lora.start_at(share.logit().repeat_interleave(self.key_dim))
+        self.a_lora.start_at(share.double().logit().repeat_interleave(self.key_dim))
 
     @torch.no_grad()
     def load_attention(self, weights: AttentionWeights) -> None:
