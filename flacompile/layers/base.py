@@ -85,7 +85,7 @@ class Mixer(nn.Module):
         hidden_size: int
 
     State: ClassVar[type] = RecurrentState
-    replaced: ClassVar[tuple[float, ...]] = ()  # shares for ``set_replaced``, neutral first
+    replaced: tuple[float, ...] = ()  # shares for ``set_replaced``, neutral first
 
     def __init_subclass__(cls) -> None:
         if "Config" in vars(cls):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
         beta_bias: bool = False
 
     config: Config
-    replaced: ClassVar[tuple[float, ...]] = (0.5, 0.1)  # of β
+    replaced: tuple[float, ...] = (0.5, 0.1)  # of β
 
     def __init__(self, config: Config, steps: int, forget: bool, gate: str | None) -> None:
         value_dim = int(config.head_dim * config.expand_v)

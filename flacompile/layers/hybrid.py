@@ -73,6 +73,7 @@ class HybridAttention(Mixer):
         bias = any(layer.bias is not None for layer in layers)
         self.o_proj = nn.Linear(sum(self.widths), width, bias)
         self.share = nn.Parameter(torch.full((heads,), math.log(SHARE / (1 - SHARE))))
+        self.replaced = self.linear.replaced
         for part in (self.softmax, self.linear):
             _set_output_layer(part, nn.Identity())
 
@@ -136,6 +137,14 @@ class HybridAttention(Mixer):
         """
         if hasattr(self.linear, "set_half_life"):
             self.linear.set_half_life(tokens)  # type: ignore[operator]
+
+    def set_replaced(self, share: Tensor) -> None:
+        """Of the linear part, which replaces what a key recalls.
+
+        Args:
+            share: [H], in (0, 1).
+        """
+        self.linear.set_replaced(share)  # type: ignore[operator]
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:

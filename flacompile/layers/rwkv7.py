@@ -65,7 +65,7 @@ class RWKV7Attention(RWKVAttention):
             return max(1, steps) * 32 if given is None else given
 
     config: Config
-    replaced: ClassVar[tuple[float, ...]] = (0.1, 0.3)  # of a
+    replaced: tuple[float, ...] = (0.1, 0.3)  # of a
     places: ClassVar[dict[str, str]] = {"q": "r_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
     def __init__(self, config: Config) -> None:
