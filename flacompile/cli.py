@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
         print(flacompile.report(model))
         if options.command == "distill":
             print(_distill(model, tokenizer, options))
-        flacompile.save(model, options.out)
+        model.save_pretrained(options.out)
         tokenizer.save_pretrained(options.out)
         print(f"wrote {options.out}")
     elif options.command == "export":

@@ -23,7 +23,7 @@ from flacompile.passes.capture import default_ids, switch_to_sdpa
 from flacompile.passes.find_attention import find_attention
 from flacompile.passes.outline import forget_blocks, graph_of, outline_sites, restore_blocks
 from flacompile.passes.sites import AttentionSite, Rejected, describe_site
-from flacompile.passes.swap_attention import swap_attention, swapped
+from flacompile.passes.swap_attention import restore_attention, swap_attention, swapped
 
 EXAMPLE = (4, 128)  # rows and tokens of random ids, where the user gives no example
 
@@ -133,8 +133,6 @@ def convert(
     cls, changed = _mixer_class(mixer)
     if init not in ("neutral", "calibrated"):
         raise ValueError(f"init: expected 'neutral' or 'calibrated', got {init!r}")
-    if isinstance(model, nn.Module) and swapped(model):
-        raise ValueError("model: expected one that is not converted, got a converted one")
     if window is not None:
         expect(window >= 1, "window", "a number of tokens, at least 1", window)
         linear = issubclass(cls, RecurrentMixer)
@@ -144,14 +142,36 @@ def convert(
         args, kwargs = model.example_inputs
     if isinstance(model, GraphModule | ExportedProgram):
         model = graph_of(model, args, kwargs)
+    _check_model(model)
+    attention = hf.attention_of(model)
     with _all_or_nothing(model):
         note = switch_to_sdpa(model)
         done = _convert(
             model, cls, changed, keep, window, init == "calibrated", args, kwargs, calibration
         )
         notes = (*([note] if note else []), *done.notes)
+        hf.adopt(model, attention)
         model.flacompile_report = dataclasses.replace(done, notes=notes)  # type: ignore[assignment]
     return model
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raises for a model whose weights cannot be read, copied and traced as they are."""
+    done = list(swapped(model))
+    if done:
+        raise ValueError(
+            f"model: expected one that is not converted, got one with {len(done)} attentions "
+            f"converted ({', '.join(done[:3])}); flacompile.unconvert puts them back first"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"model: expected weights that are loaded, got {name} on meta")
+        kind = type(parameter)
+        if kind is not nn.Parameter or parameter.dtype.itemsize < 2:
+            raise ValueError(
+                f"model: expected plain floating-point weights, got {name} as {kind.__name__} of "
+                f"{parameter.dtype}; convert before sharding or quantising"
+            )
 
 
 def _convert(
@@ -211,8 +231,8 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for path, layer in swapped(model).items():
-            model.set_submodule(path, layer.original, strict=True)  # type: ignore[arg-type]
+        for path in swapped(model):
+            restore_attention(model, path)
         restore_blocks(model)
         for parameter, required in trained:
             parameter.requires_grad_(required)
@@ -226,6 +246,27 @@ def report(model: nn.Module) -> Report:
     if not isinstance(getattr(model, "flacompile_report", None), Report):
         raise ValueError(f"model: expected a converted model, got {type(model).__name__}")
     return model.flacompile_report  # type: ignore[return-value]
+
+
+def unconvert(model: nn.Module) -> nn.Module:
+    """Puts the original attentions back, bit for bit, in place of the mixers.
+
+    Class, config, module tree and what is trained are as before ``convert``. Weights outside the
+    attentions are as they are now: training may have changed them.
+
+    Raises:
+        ValueError: the model is not converted, or ``finalize`` let go of the originals.
+    """
+    layers = swapped(model)
+    gone = [path for path, layer in layers.items() if layer.original is None]
+    if gone or not layers:
+        got = f"{gone[0]} without its original, as finalize and load leave it" if gone else "none"
+        raise ValueError(f"model: expected converted attentions beside their originals, got {got}")
+    for path in layers:
+        restore_attention(model, path)
+    hf.release(model)
+    del model.flacompile_report
+    return model
 
 
 def finalize(model: nn.Module) -> nn.Module:

@@ -1,9 +1,8 @@
-"""All that knows transformers: how its models call attention, its cache, saving and loading."""
+"""All that knows transformers: how its models call attention, its cache, loading."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,26 +11,41 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flacompile.files import write_atomically
-from flacompile.layers.entries import from_entry, to_entry
 from flacompile.passes.sites import AttentionSite
 from flacompile.passes.swap_attention import (
     Call,
     PlainConvention,
-    SwappedAttention,
-    student_state,
     swapped,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RECIPE = "flacompile.json"  # beside the weights: what stands where
-
 
 def is_transformers(model: nn.Module) -> bool:
     """Told by its config, so that transformers is not imported to ask."""
     return hasattr(model, "config") and hasattr(model.config, "use_cache")
+
+
+def attention_of(model: nn.Module) -> str | None:
+    """The attention implementation that a transformers model is set to."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
+def adopt(model: nn.Module, attention: str | None) -> None:
+    """Makes a transformers model whose attention was swapped save and load as what it is now."""
+    if is_transformers(model):
+        from flacompile import hf_models
+
+        hf_models.adopt(model, attention)
+
+
+def release(model: nn.Module) -> None:
+    """The inverse of ``adopt``."""
+    if is_transformers(model):
+        from flacompile import hf_models
+
+        hf_models.release(model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,83 +164,28 @@ def unpadded(model: nn.Module) -> Iterator[None]:
             layer.convention = convention
 
 
-def save(model: PreTrainedModel, path: str | Path) -> None:
-    """Writes a converted model: transformers' own files, and what stands where.
-
-    The teacher is left out. ``load`` brings the model back.
-    """
-    layers = swapped(model)
-    if not layers:
-        raise ValueError(f"model: expected a converted model, got {type(model).__name__}")
-    recipe: dict[str, Any] = {}
-    for name, layer in layers.items():
-        convention = dataclasses.asdict(layer.convention)  # type: ignore[call-overload]
-        recipe[name] = to_entry(layer.mixer.config) | {"convention": convention}  # type: ignore[arg-type]
-    path = Path(path)
-    model.save_pretrained(path, state_dict=student_state(model))
-    text = json.dumps({"layers": recipe}, indent=1)
-    write_atomically(path / RECIPE, lambda partial: partial.write_text(text))
-
-
 def load(path: str | Path) -> PreTrainedModel:
-    """Reads what ``save`` wrote, in the dtype it was saved in, without a teacher.
+    """Reads a converted model that ``model.save_pretrained(path)`` wrote, without its teacher.
+
+    In the dtype and with the head it was saved with, and ready to evaluate. After ``import
+    flacompile`` transformers' own ``AutoModelForCausalLM.from_pretrained`` reads it too; this verb
+    insists that every weight is there.
 
     Raises:
         ValueError: a file of the folder is missing or broken, or they do not fit together.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from flacompile import hf_models
 
     path = Path(path)
-    if not (path / RECIPE).is_file():
-        raise ValueError(f"path: expected a folder with {RECIPE}, got {path}")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"path: expected a folder with a config.json, got {path}")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except OSError as error:
-        raise ValueError(f"path: expected a config.json in {path}, got {error}") from error
-    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    try:
-        for name, entry in json.loads((path / RECIPE).read_text())["layers"].items():
-            _put(model, name, entry)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"path: expected in {path / RECIPE} what save wrote, got "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    state: dict[str, Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            state.update(load_file(file))
-        except SafetensorError as error:
-            raise ValueError(f"path: expected tensors in {file}, got {error}") from error
-    _load_weights(model, state)
-    return model.eval()
-
-
-def _put(model: PreTrainedModel, name: str, entry: dict[str, Any]) -> None:
-    """Puts the mixer of one entry of the recipe where it stood; its weights are yet to come."""
-    config = from_entry(entry)
-    mixer = config.mixer(config).to(model.dtype)
-    convention = TransformersConvention(**entry["convention"])
-    try:
-        model.set_submodule(name, SwappedAttention(mixer, None, convention), strict=True)
-    except AttributeError as error:
-        raise ValueError(f"no module {name} in {type(model).__name__}") from error
-
-
-def _load_weights(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
-    """Copies all weights; only one tied to another that is there may be missing."""
-    model.tie_weights()
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"path: expected weights of this model, got {error}") from error
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    loaded = {id(parameters[name]) for name in state if name in parameters}
-    missing = [k for k in missing if k not in parameters or id(parameters[k]) not in loaded]
-    if unexpected or missing:
-        raise ValueError(
-            f"path: expected the weights of {RECIPE}, got missing {missing[:3]} and unexpected "
-            f"{unexpected[:3]}"
-        )
+        if not isinstance(config, hf_models.ConvertedConfig):
+            raise ValueError(f"path: expected a converted model in {path}, got {config.model_type}")
+        return hf_models.load(path, config)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"path: expected a whole model in {path}, got {error}") from error

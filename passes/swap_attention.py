@@ -142,14 +142,14 @@ def swap_attention(
     return swapped
 
 
-def restore_attention(model: nn.Module, site: AttentionSite) -> nn.Module:
+def restore_attention(model: nn.Module, path: str) -> nn.Module:
     """Puts the original back where swap_attention took it, unfrozen as it was, and returns it."""
-    swapped = model.get_submodule(site.path)
+    swapped = model.get_submodule(path)
     if not isinstance(swapped, SwappedAttention) or swapped.original is None:
-        raise ValueError(f"site.path must name a swap that kept its original, got {swapped}")
+        raise ValueError(f"path must name a swap that kept its original, got {path}: {swapped}")
     for parameter in swapped.trained:
         parameter.requires_grad_(True)
-    model.set_submodule(site.path, swapped.original, strict=True)
+    model.set_submodule(path, swapped.original, strict=True)
     return swapped.original
 
 

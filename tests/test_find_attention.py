@@ -334,7 +334,7 @@ def test_swap_routes_and_restores(name):
     assert torch.equal(outputs["original"], want)
     assert not torch.allclose(outputs["mixer"], outputs["zero"], atol=1e-3)
     assert not torch.allclose(outputs["zero"], want, atol=1e-3)
-    assert restore_attention(case.model, site) is original
+    assert restore_attention(case.model, site.path) is original
     assert torch.equal(logits(), want)
     assert [p for p in original.parameters() if not p.requires_grad] == [frozen]
 
@@ -355,7 +355,7 @@ def test_swap_errors():
     case = MODELS["handwritten"]()
     site = find(case).sites[0]
     with pytest.raises(ValueError, match=r"site\.path must name a swap .* got PackedAttention"):
-        restore_attention(case.model, site)
+        restore_attention(case.model, site.path)
     swapped = swap_attention(case.model, site, Projections(site, case.model))
     with pytest.raises(ValueError, match=r"got blocks\.0\.attention, already swapped"):
         swap_attention(case.model, site, swapped.mixer)
