@@ -192,10 +192,20 @@ class Elementwise(nn.Module):
         return self.function(x)
 
 
+def positive_elu(x: Tensor) -> Tensor:
+    """elu + 1 > 0."""
+    return F.elu(x) + 1
+
+
+def identity(x: Tensor) -> Tensor:
+    """x itself; by name, as every activation, so that a model can be pickled."""
+    return x
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": lambda x: F.elu(x) + 1,
+    "elu": positive_elu,
     "gelu": F.gelu,
-    "identity": lambda x: x,
+    "identity": identity,
     "relu": F.relu,
     "sigmoid": F.sigmoid,
     "silu": F.silu,
