@@ -90,15 +90,19 @@ def convention_of(model: nn.Module, site: AttentionSite) -> PlainConvention:
     return TransformersConvention(**dataclasses.asdict(plain), layer=index)  # type: ignore[arg-type]
 
 
-def real_tokens(mask: Tensor, x: Tensor, seen: int) -> Tensor:
+def real_tokens(mask: Tensor, x: Tensor, seen: int | Tensor) -> Tensor:
     """Which tokens of x [B, T, D] are not padding, [B, T].
 
     In a causal mask [B or 1, 1, T, S], a sliding window included, exactly the real tokens see
-    themselves; token i stands at key ``seen + i``.
+    themselves. Token i stands at key ``seen + i``, or where only the last S keys are left, at
+    ``S - T + i``.
     """
     if mask.ndim == 2:
         return mask[:, -x.shape[1] :].bool()
-    own = mask[:, 0].diagonal(seen, 1, 2)
+    num_queries, num_keys = mask.shape[2:]
+    time = torch.arange(num_queries, device=mask.device)
+    key = torch.minimum(time + seen, time + (num_keys - num_queries))
+    own = mask[:, 0].gather(2, key[None, :, None].expand(mask.shape[0], -1, 1))[..., 0]
     own = own if own.dtype == torch.bool else own == 0
     return own.expand(x.shape[0], -1)
 
@@ -109,14 +113,17 @@ def state_layer(cache: Any, index: int) -> Any:
 
     while len(cache.layers) <= index:
         cache.layers.append(StateLayer())
-    if not isinstance(cache.layers[index], StateLayer):
-        if cache.layers[index].get_seq_length():
+    layer = cache.layers[index]
+    if not isinstance(layer, StateLayer):
+        if layer.get_seq_length():
             raise ValueError(
                 f"past_key_values: expected an empty cache or one of this model, got keys of "
-                f"{cache.layers[index].get_seq_length()} tokens in layer {index}"
+                f"{layer.get_seq_length()} tokens in layer {index}"
             )
-        cache.layers[index] = StateLayer()
-    return cache.layers[index]
+        static = layer.is_compileable and not layer.is_sliding  # those count in Python
+        layer = StateLayer(length=layer.get_max_length() if static else None)
+        cache.layers[index] = layer
+    return layer
 
 
 def run_with_states(

@@ -6,38 +6,62 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
 
-class StateLayer(CacheLayerMixin):
+class StateLayer(CacheLayerMixin, DummyLayer):
     """A state of fixed size and the number of tokens that it has seen.
 
-    A state cannot forget its last tokens, so it cannot be cropped: assisted decoding, which would,
-    is refused by transformers on ``is_croppable``.
+    A dummy as to keys and values, so that masks are sized by a layer that was kept, if there is
+    one. In a static cache it keeps its addresses and counts in a tensor, for graphs that replay.
+
+    Args:
+        state: what the mixer returned last.
+        length: tokens that a static cache has room for; None in one that grows.
     """
 
-    is_compileable = False
     is_croppable = False
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, state: Any = None) -> None:
+    def __init__(self, state: Any = None, length: int | None = None) -> None:
         super().__init__()
-        self.state, self.seen = state, 0
+        self.state, self.length, self.seen = state, length, 0
+        self.is_compileable = length is not None
 
     def put(self, state: Any, tokens: int) -> None:
         """The state after ``tokens`` more."""
-        self.state, self.is_initialized = state, True
+        if self.length is not None and not self.is_initialized:
+            self._begin(pytree.tree_leaves(state))
+        if self.is_initialized and self.length is not None and _same_shapes(self.state, state):
+            pytree.tree_map(lambda old, new: old.copy_(new), self.state, state)
+        else:
+            self.state = state
         self.seen += tokens
+        self.is_initialized = True
+
+    def _begin(self, leaves: list[torch.Tensor]) -> None:
+        """The tensors of a static cache stay where they are from now on."""
+        self.seen = torch.zeros((), dtype=torch.int64, device=leaves[0].device)
+        if not torch.compiler.is_compiling():
+            for tensor in (*leaves, self.seen):
+                torch._dynamo.mark_static_address(tensor)
 
     def get_seq_length(self) -> int:
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        return (self.seen + query_length if self.length is None else self.length), 0
 
     def get_max_length(self) -> int:
-        return -1
+        return -1 if self.length is None else self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                f"tokens_to_remove: expected 0, as a state cannot forget, got {tokens_to_remove}; "
+                "generate without assistant_model and prompt_lookup_num_tokens"
+            )
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise ValueError("key_states: this layer was converted and holds no keys")
@@ -63,3 +87,9 @@ class StateLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.state = pytree.tree_map(lambda x: x.repeat_interleave(repeats, 0), self.state)
+
+
+def _same_shapes(a: Any, b: Any) -> bool:
+    """Not so for the keys of a softmax, which grow."""
+    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    return all(x.shape == y.shape for x, y in pairs)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flacompile.hf import TransformersConvention
@@ -61,8 +62,6 @@ class ConvertedConfig:
 class ConvertedModel:
     """Over a model's own class: its mixers, built from the config's recipe."""
 
-    _is_stateful = True  # so that transformers refuses assisted decoding, which steps back
-
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         put_mixers(self, config.flacompile)
@@ -87,6 +86,14 @@ class ConvertedModel:
         for layer in swapped(model).values():
             layer._apply(lambda tensor: tensor)  # buffers that no file holds are computed again
         return (model, info) if output_loading_info else model
+
+    def _validate_generation_mode(self, generation_mode: Any, *args: Any) -> None:
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                "assistant_model, prompt_lookup_num_tokens: expected neither, as a state cannot "
+                "step back over tokens that were tried; generate without them"
+            )
+        super()._validate_generation_mode(generation_mode, *args)  # type: ignore[misc]
 
 
 @functools.cache

@@ -183,7 +183,7 @@ def test_saved_and_loaded_is_the_same(name, mixer, keep, dtype, tmp_path):
     model = flacompile.convert(MODELS[name]().model.to(dtype), mixer, keep=keep)
     with torch.no_grad():
         want = model(prompt()).logits
-    flacompile.save(model, tmp_path)
+    model.save_pretrained(tmp_path)
     loaded = flacompile.load(tmp_path)
     with torch.no_grad():
         assert loaded(prompt()).logits.equal(want)
@@ -193,14 +193,14 @@ def test_saved_and_loaded_is_the_same(name, mixer, keep, dtype, tmp_path):
         loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     )
     assert loaded.dtype == dtype
-    flacompile.save(loaded, tmp_path / "again")
+    loaded.save_pretrained(tmp_path / "again")
     with torch.no_grad():
         assert flacompile.load(tmp_path / "again")(prompt()).logits.equal(want)
 
 
 def test_loads_in_another_process(converted, tmp_path):
     model = converted("llama", "gla")
-    flacompile.save(model, tmp_path)
+    model.save_pretrained(tmp_path)
     torch.save(prompt(), tmp_path / "ids.pt")
     files = [str(tmp_path / name) for name in (".", "ids.pt", "logits.pt")]
     subprocess.run([sys.executable, "-c", READ, *files], check=True, timeout=120)
@@ -253,7 +253,7 @@ BROKEN = {
 @pytest.fixture(scope="module")
 def folder(converted, tmp_path_factory):
     path = tmp_path_factory.mktemp("saved")
-    flacompile.save(converted("llama", "gla"), path)
+    converted("llama", "gla").save_pretrained(path)
     return path
 
 
