@@ -37,14 +37,15 @@ class ConvertedConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        try:
-            kind = config_dict[MODEL_TYPE]["base"]
-            base = CONFIG_MAPPING[kind]
-        except (KeyError, TypeError) as error:
+        recipe = config_dict.get(MODEL_TYPE)
+        entries = recipe if isinstance(recipe, dict) else {}
+        kind = entries.get("base")
+        if kind not in CONFIG_MAPPING or "layers" not in entries:
             raise ValueError(
-                f"config.json: expected in {MODEL_TYPE!r} the base model's type, got "
-                f"{config_dict.get(MODEL_TYPE)!r:.60}"
-            ) from error
+                f"config.json: expected in {MODEL_TYPE!r} a known base model's type and its "
+                f"layers, got {str(recipe):.60}"
+            )
+        base = CONFIG_MAPPING[kind]
         chosen = converted(base)
         _register_models(base)
         return super(ConvertedConfig, chosen).from_dict(  # type: ignore[misc]
@@ -177,13 +178,6 @@ def put_mixers(model: Any, recipe: dict[str, Any]) -> None:
 
 def _check(path: Any, info: dict[str, Any], judged: Callable[[str], bool]) -> None:
     """Raises where a judged weight is missing, not wanted, or of another shape."""
-    shapes = sorted(entry for entry in info["mismatched_keys"])
-    if shapes:
-        name, found, wanted = shapes[0]
-        raise ValueError(
-            f"path: expected {name} of shape {tuple(wanted)}, as config.json says, got "
-            f"{tuple(found)} from the weights in {path}"
-        )
     missing, unexpected = (
         sorted(filter(judged, info[kind])) for kind in ("missing_keys", "unexpected_keys")
     )
@@ -191,6 +185,11 @@ def _check(path: Any, info: dict[str, Any], judged: Callable[[str], bool]) -> No
         raise ValueError(
             f"path: expected in {path} the weights that config.json says, got missing "
             f"{missing[:3]} and unexpected {unexpected[:3]}"
+        )
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"path: expected {name} of shape {tuple(wanted)}, as config.json says, got "
+            f"{tuple(found)} from the weights in {path}"
         )
 
 

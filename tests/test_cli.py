@@ -17,7 +17,7 @@ def test_distill_then_generate(tmp_path, capsys):
     assert main(["distill", str(TEACHER), str(text), str(out), "--keep", "0", *steps]) == 0
     printed = capsys.readouterr().out
     assert "Share closed" in printed and "model.layers.0.self_attn: kept" in printed
-    assert {"flacompile.json", "log.jsonl", "losses.png", "distill.md"} <= {
+    assert {"config.json", "log.jsonl", "losses.png", "distill.md"} <= {
         p.name for p in out.iterdir()
     }
     assert main(["generate", str(out), "--prompt", "Return the", "--tokens", "5"]) == 0
@@ -34,7 +34,7 @@ def test_distill_then_generate(tmp_path, capsys):
             "keep: expected a share, indices or auto",
         ),
         (["distill", str(TEACHER), "/nowhere", "out"], "data: expected a text file"),
-        (["export", "/nowhere", "model.pt2"], "path: expected a folder with flacompile.json"),
+        (["export", "/nowhere", "model.pt2"], "path: expected a folder with a config.json"),
     ],
 )
 def test_errors_are_one_line_and_a_status(arguments, message, capsys, tmp_path, monkeypatch):

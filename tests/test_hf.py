@@ -1,16 +1,12 @@
-"""Converted transformers models generate, are cached, saved and loaded as any other."""
+"""Converted transformers models generate and are cached as any other."""
 
 from __future__ import annotations
 
-import copy
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
-from models import MODELS, VOCAB, llama
-from transformers import DynamicCache
+from models import MODELS, VOCAB
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import DynamicCache, StaticCache
 
 import flacompile
 from flacompile.hf_cache import StateLayer
@@ -162,132 +158,105 @@ def test_empty_caches_are_taken_over_and_reset(converted):
         assert model(prompt(), past_key_values=cache).logits.equal(want)
 
 
-SAVED = {
-    "gla": ("llama", "gla", (), torch.float32),
-    "tied": ("llama_tied", "simple_gla", (), torch.float32),
-    "norms and head_dim": ("qwen3", "gla", (), torch.float32),
-    "attn": ("mistral", "attn", (), torch.float32),
-    "gpt2 with a softmax kept": ("gpt2", "linear_attn", (0,), torch.float32),
-    "bfloat16": ("llama_yarn", "gla", (), torch.bfloat16),
-}
-READ = """
-import sys, torch, flacompile
-model = flacompile.load(sys.argv[1])
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
-"""
+def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
-@pytest.mark.parametrize(("name", "mixer", "keep", "dtype"), SAVED.values(), ids=SAVED)
-def test_saved_and_loaded_is_the_same(name, mixer, keep, dtype, tmp_path):
-    model = flacompile.convert(MODELS[name]().model.to(dtype), mixer, keep=keep)
-    with torch.no_grad():
-        want = model(prompt()).logits
-    model.save_pretrained(tmp_path)
-    loaded = flacompile.load(tmp_path)
-    with torch.no_grad():
-        assert loaded(prompt()).logits.equal(want)
-    assert all(layer.original is None for layer in swapped(loaded).values())
-    assert list(swapped(loaded)) == list(swapped(model))
-    assert loaded.config.tie_word_embeddings == (
-        loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-    )
-    assert loaded.dtype == dtype
-    loaded.save_pretrained(tmp_path / "again")
-    with torch.no_grad():
-        assert flacompile.load(tmp_path / "again")(prompt()).logits.equal(want)
+@pytest.mark.parametrize(("name", "mixer"), PAIRS)
+def test_sampled_text_is_that_of_a_loop(converted, name, mixer):
+    model, ids, generator = converted(name, mixer), prompt(), torch.default_generator
+    torch.manual_seed(3)
+    got = model.generate(ids, max_new_tokens=NEW, do_sample=True, top_k=0)
+    torch.manual_seed(3)
+    for _ in range(NEW):
+        with torch.no_grad():
+            ids = torch.cat((ids, sample(model(ids, use_cache=False).logits[:, -1], generator)), 1)
+    assert got.equal(ids)
 
 
-def test_loads_in_another_process(converted, tmp_path):
-    model = converted("llama", "gla")
-    model.save_pretrained(tmp_path)
-    torch.save(prompt(), tmp_path / "ids.pt")
-    files = [str(tmp_path / name) for name in (".", "ids.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", READ, *files], check=True, timeout=120)
-    with torch.no_grad():
-        assert torch.load(tmp_path / "logits.pt").equal(model(prompt()).logits)
+STATIC = [
+    *(("llama", "gla", keep, pad) for keep in ((), (0,), (1,)) for pad in (0, 3)),
+    *(("mistral", "gla", keep, 3) for keep in ((), (0,), (1,))),
+    ("gpt2", "linear_attn", (0,), 3),
+    ("llama", "attn", (), 3),
+]
 
 
-def cut(path):
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
+@pytest.mark.parametrize(("name", "mixer", "keep", "pad"), STATIC)
+def test_static_cache(converted, name, mixer, keep, pad):
+    """Also with softmax layers kept, on either side, and past the sliding window of 8."""
+    model, mask = converted(name, mixer, keep), torch.ones(2, 11, dtype=torch.long)
+    mask[0, :pad] = 0
+    ids = prompt().where(mask.bool(), 0)
+    want = generate(model, ids, attention_mask=mask, use_cache=False)
+    for implementation in ("static", "dynamic"):
+        options = {"cache_implementation": implementation, "attention_mask": mask}
+        assert generate(model, ids, **options).equal(want), implementation
 
 
-def edit_recipe(path, change):
-    recipe = json.loads((path / "flacompile.json").read_text())
-    change(recipe)
-    (path / "flacompile.json").write_text(json.dumps(recipe))
-
-
-def first(recipe):
-    return next(iter(recipe["layers"].values()))
-
-
-BROKEN = {
-    "no recipe": (lambda p: (p / "flacompile.json").unlink(), "a folder with flacompile.json"),
-    "cut recipe": (lambda p: cut(p / "flacompile.json"), "flacompile.json"),
-    "recipe without layers": (lambda p: edit_recipe(p, lambda r: r.clear()), "flacompile.json"),
-    "unknown mixer": (
-        lambda p: edit_recipe(p, lambda r: first(r).update(mixer="mamba9")),
-        "flacompile.json.*mamba9",
-    ),
-    "unknown field": (
-        lambda p: edit_recipe(p, lambda r: first(r)["config"].update(colour=1)),
-        "flacompile.json.*colour",
-    ),
-    "another shape": (
-        lambda p: edit_recipe(p, lambda r: first(r)["config"].update(gate_low_rank_dim=3)),
-        "gk_proj",
-    ),
-    "no such layer": (
-        lambda p: edit_recipe(p, lambda r: r["layers"].update({"model.layers.9.x": first(r)})),
-        "flacompile.json.*model.layers.9.x",
-    ),
-    "no config": (lambda p: (p / "config.json").unlink(), "config.json"),
-    "cut config": (lambda p: cut(p / "config.json"), "config.json"),
-    "no weights": (lambda p: (p / "model.safetensors").unlink(), "missing"),
-    "cut weights": (lambda p: cut(p / "model.safetensors"), "model.safetensors"),
+REFUSED = {
+    "assistant": lambda: {"assistant_model": MODELS["llama"]().model},
+    "prompt lookup": lambda: {"prompt_lookup_num_tokens": 3},
 }
 
 
-@pytest.fixture(scope="module")
-def folder(converted, tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved")
-    converted("llama", "gla").save_pretrained(path)
-    return path
+@pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
+def test_assisted_decoding_is_refused(converted, options):
+    with pytest.raises(ValueError, match=r"a state cannot step back .* generate without them"):
+        generate(converted("llama", "gla"), prompt(1), **options())
 
 
-@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
-def test_broken_folder(folder, tmp_path, damage, message):
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    damage(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        flacompile.load(tmp_path)
+def test_converted_assistant_is_refused(converted):
+    with pytest.raises(ValueError, match=r"a state cannot forget.* generate without"):
+        generate(MODELS["llama"]().model, prompt(1), assistant_model=converted("llama", "gla"))
 
 
-def test_lost_head_is_noticed(folder, tmp_path):
-    """transformers lists the head among tied weights even where this model does not tie it."""
-    from safetensors.torch import load_file, save_file
-
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    state = load_file(folder / "model.safetensors")
-    del state["lm_head.weight"]
-    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"missing \['lm_head.weight'\]"):
-        flacompile.load(tmp_path)
+COMPILED = [
+    ("llama", "gla", (), False, False),
+    ("llama", "gla", (0,), True, False),
+    ("llama", "mamba2", (1,), True, True),
+    ("gpt2", "linear_attn", (), False, True),
+]
 
 
-def test_only_converted_models_are_saved(tmp_path):
-    with pytest.raises(ValueError, match="expected a converted model, got LlamaForCausalLM"):
-        flacompile.save(llama()().model, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_copies_are_independent(converted):
-    model = converted("llama", "gla")
-    other = copy.deepcopy(model)
+@pytest.mark.parametrize(("name", "mixer", "keep", "static", "padded"), COMPILED)
+def test_decoding_compiles_once(converted, name, mixer, keep, static, padded):
+    """One graph, and one more where a length turns out to change; none for a later token."""
+    model, ids, counts = converted(name, mixer, keep), prompt(), []
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    step = torch.compile(model.forward, backend=counter, fullgraph=True)
+    mask = torch.ones(2, 11 + NEW, dtype=torch.long)
+    mask[0, : 3 * padded] = 0
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = StaticCache(model.config, max_cache_len=32) if static else DynamicCache()
+    want = generate(model, ids, NEW + 1, attention_mask=mask[:, :11])
     with torch.no_grad():
-        next(iter(swapped(other).values())).mixer.o_proj.weight.zero_()
-        assert not other(prompt()).logits.equal(model(prompt()).logits)
+        for end in range(11, 12 + NEW):
+            call, begin = (step, end - 1) if end > 11 else (model, 0)
+            logits = call(
+                ids[:, begin:].contiguous(),
+                attention_mask=mask[:, :end].contiguous(),
+                position_ids=position[:, begin:end].contiguous(),
+                past_key_values=cache,
+            ).logits
+            ids = torch.cat((ids, logits[:, -1].argmax(-1, keepdim=True)), 1)
+            counts.append(counter.frame_count)
+    assert ids.equal(want)
+    assert counts[1] == 1
+    assert counts[-1] == counts[2] <= 2
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_cache_of_a_hybrid_grows_by_its_softmax_layers(converted, static):
+    model, sizes = converted("llama", "gla", (0,)), []
+    for count in (10, 30):
+        options = {"return_dict_in_generate": True}
+        options |= {"cache_implementation": "static"} if static else {}
+        cache = generate(model, prompt(), count, **options).past_key_values
+        kept, state = cache.layers
+        leaves = torch.utils._pytree.tree_leaves(state.state)
+        sizes.append((kept.keys.numel(), sum(leaf.numel() for leaf in leaves)))
+    heads, head_dim = 2, 8
+    assert sizes[1][0] - sizes[0][0] == 20 * 2 * heads * head_dim
+    assert sizes[1][1] == sizes[0][1]

@@ -134,7 +134,7 @@ def main() -> None:
     samples["student"] = sample(model, tokenizer, prompt, tokens)
 
     student = flacompile.finalize(model)
-    flacompile.save(student, options.out / "model")
+    student.save_pretrained(options.out / "model")
     tokenizer.save_pretrained(options.out / "model")
     package = options.out / "model.pt2"
     with export_progress() as progress:
