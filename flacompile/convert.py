@@ -264,6 +264,7 @@ def unconvert(model: nn.Module) -> nn.Module:
         raise ValueError(f"model: expected converted attentions beside their originals, got {got}")
     for path in layers:
         restore_attention(model, path)
+    restore_blocks(model)
     hf.release(model)
     del model.flacompile_report
     return model

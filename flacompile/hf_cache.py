@@ -26,7 +26,8 @@ class StateLayer(CacheLayerMixin, DummyLayer):
 
     def __init__(self, state: Any = None, length: int | None = None) -> None:
         super().__init__()
-        self.state, self.length, self.seen = state, length, 0
+        self.state, self.length = state, length
+        self.seen: Any = 0
         self.is_compileable = length is not None
 
     def put(self, state: Any, tokens: int) -> None:
@@ -53,7 +54,7 @@ class StateLayer(CacheLayerMixin, DummyLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (self.seen + query_length if self.length is None else self.length), 0
 
-    def get_max_length(self) -> int:
+    def get_max_length(self) -> int:  # type: ignore[override]
         return -1 if self.length is None else self.length
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -39,11 +39,11 @@ class ConvertedConfig:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         recipe = config_dict.get(MODEL_TYPE)
         entries = recipe if isinstance(recipe, dict) else {}
-        kind = entries.get("base")
+        kind = str(entries.get("base"))
         if kind not in CONFIG_MAPPING or "layers" not in entries:
             raise ValueError(
                 f"config.json: expected in {MODEL_TYPE!r} a known base model's type and its "
-                f"layers, got {str(recipe):.60}"
+                f"layers, got {recipe!s:.60}"
             )
         base = CONFIG_MAPPING[kind]
         chosen = converted(base)
@@ -64,7 +64,7 @@ class ConvertedModel:
     """Over a model's own class: its mixers, built from the config's recipe."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         put_mixers(self, config.flacompile)
 
     @classmethod
