@@ -137,12 +137,13 @@ def convert(
         expect(window >= 1, "window", "a number of tokens, at least 1", window)
         linear = issubclass(cls, RecurrentMixer)
         expect(linear, "window", "None where mixer is no linear one", f"{window} and {mixer!r}")
+    if isinstance(model, nn.Module):
+        _check_model(model)
     args, kwargs = _call_of(example_inputs)
     if isinstance(model, ExportedProgram) and model.example_inputs and example_inputs is None:
         args, kwargs = model.example_inputs
     if isinstance(model, GraphModule | ExportedProgram):
         model = graph_of(model, args, kwargs)
-    _check_model(model)
     attention = hf.attention_of(model)
     with _all_or_nothing(model):
         note = switch_to_sdpa(model)

@@ -71,7 +71,7 @@ def keep_best(
     best = sorted(gains, key=lambda path: -gains[path])[:number]
     for site in sites:
         if site.path in best:
-            restore_attention(model, site)
+            restore_attention(model, site.path)
     return gains
 
 

@@ -354,7 +354,7 @@ def test_swapped_model_traces_in_one_graph(name):
 def test_swap_errors():
     case = MODELS["handwritten"]()
     site = find(case).sites[0]
-    with pytest.raises(ValueError, match=r"site\.path must name a swap .* got PackedAttention"):
+    with pytest.raises(ValueError, match=r"a swap .* got blocks\.0\.attention: PackedAttention"):
         restore_attention(case.model, site.path)
     swapped = swap_attention(case.model, site, Projections(site, case.model))
     with pytest.raises(ValueError, match=r"got blocks\.0\.attention, already swapped"):
