@@ -53,12 +53,22 @@ def switch_to_sdpa(model: nn.Module) -> str | None:
 
 @contextmanager
 def with_sdpa(model: nn.Module) -> Iterator[str | None]:
-    """switch_to_sdpa for the time of a capture."""
-    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    """switch_to_sdpa for the time of a capture.
+
+    So are experts that are called one by one, as the router's numbers tell, which no graph can.
+    """
+    config = getattr(model, "config", None)
+    current = getattr(config, "_attn_implementation", None)
+    one_by_one = getattr(config, "_experts_implementation", None) == "eager"
+    one_by_one = one_by_one and hasattr(model, "set_experts_implementation")
     note = switch_to_sdpa(model)
+    if one_by_one:
+        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
     try:
         yield note
     finally:
+        if one_by_one:
+            model.set_experts_implementation("eager")  # type: ignore[operator]
         if note:
             model.set_attn_implementation(current)
 

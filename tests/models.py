@@ -189,7 +189,7 @@ MODELS: dict[str, Callable[[], Case]] = {
     "phi3": llama("Phi3", pad_token_id=0),
     "starcoder2": llama("Starcoder2", sliding_window=8),
     "smollm3": llama("SmolLM3", no_rope_layer_interval=2, pad_token_id=0),
-    "mixtral": llama("Mixtral", num_local_experts=4),
+    "mixtral": llama("Mixtral", num_local_experts=4, experts_implementation="eager"),
     "mistral": llama("Mistral", sliding_window=8),
     "olmo2": llama("Olmo2"),
     "gpt2": _gpt2(),

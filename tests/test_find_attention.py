@@ -172,6 +172,12 @@ def test_eager_model_is_switched_for_the_capture_only():
     assert model.config._attn_implementation == "eager"
 
 
+def test_experts_are_switched_for_the_capture_only():
+    case = MODELS["mixtral"]()
+    assert len(find(case).sites) == 2
+    assert case.model.config._experts_implementation == "eager"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_number_types(dtype):
     case = MODELS["qwen3"]()
