@@ -83,7 +83,7 @@ class CachedMixer(Mixer):
         q, new = self.project(x, tokens)
         oldest = 0 if self.window_size is None else 1  # leaves the window
         pairs = zip(
-            (*state.cached, state.valid), (*new, state.valid.new_ones(len(x), 1)), strict=True
+            (*state.cached, state.valid), (*new, state.valid.new_ones(x.shape[0], 1)), strict=True
         )
         *kept, valid = (torch.cat((old[:, oldest:], token), 1) for old, token in pairs)
         o = self.mix_step(q, tuple(kept), valid[:, None])

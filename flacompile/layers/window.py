@@ -96,7 +96,7 @@ def _in_a_pack(old: Kept, tokens: Tokens) -> _Layout:
     number, slots = old.valid.shape
     index = torch.arange(number, device=old.valid.device)[:, None]
     begin = tokens.cu_seqlens[:-1] + index[:, 0] * slots
-    time = torch.arange(len(tokens.segment), device=old.valid.device)
+    time = torch.arange(tokens.segment.shape[0], device=old.valid.device)
     own = begin[:, None] + torch.arange(slots, device=old.valid.device)
     place = torch.cat((own.flatten(), time + (tokens.segment + 1) * slots))
     end = begin + slots + tokens.cu_seqlens.diff()
