@@ -14,9 +14,11 @@ def test_distill_then_generate(tmp_path, capsys):
     text.write_text((TEACHER / "train.txt").read_text(encoding="utf-8")[:60_000], encoding="utf-8")
     out = tmp_path / "student"
     steps = ["--align-steps", "4", "--logits-steps", "2", "--batch-size", "2", "--length", "64"]
-    assert main(["distill", str(TEACHER), str(text), str(out), "--keep", "0", *steps]) == 0
+    hybrid = ["--keep", "auto:1", "--window", "8"]
+    assert main(["distill", str(TEACHER), str(text), str(out), *hybrid, *steps]) == 0
     printed = capsys.readouterr().out
-    assert "Share closed" in printed and "model.layers.0.self_attn: kept" in printed
+    assert "Share closed" in printed and printed.count("self_attn: kept, a gain of") == 1
+    assert printed.count("-> gla and softmax over 8 tokens") == 4
     assert {"config.json", "log.jsonl", "losses.png", "distill.md"} <= {
         p.name for p in out.iterdir()
     }
@@ -48,6 +50,7 @@ def test_errors_are_one_line_and_a_status(arguments, message, capsys, tmp_path, 
 def test_keep():
     assert read_keep("0.25") == 0.25
     assert read_keep("0,5,-1") == [0, 5, -1]
+    assert read_keep("auto:2") == "auto:2"
     assert read_keep("") == []
 
 

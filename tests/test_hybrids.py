@@ -14,7 +14,7 @@ from models import MODELS, llama
 from test_convert import distance, ids_of, left_padded, logits
 from test_hf import argmax_loop, generate, state_size
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import flacompile
 from flacompile import keep
@@ -95,6 +95,25 @@ def test_generate_and_save(inner, tmp_path):
     assert len({state_size(out.past_key_values) for out in outs}) == 1
     model.save_pretrained(tmp_path)
     assert logits(flacompile.load(tmp_path), ids).equal(logits(model, ids))
+
+
+def test_a_step_exports_for_any_batch():
+    mixer = HybridAttention(HybridAttention.Config(hidden_size=48))
+    x, state = draw(2, 1, torch.float32)[:, 0], mixer(draw(2, 9, torch.float32))[1]
+    batch = {0: torch.export.Dim.DYNAMIC}
+
+    class Step(torch.nn.Module):
+        def forward(self, x, leaves):
+            state = tree_unflatten(list(leaves), layout)
+            y, state = mixer.step(x, state)
+            return y, *tree_leaves(state)
+
+    leaves, layout = tree_flatten(state)
+    program = torch.export.export(
+        Step(), (x, tuple(leaves)), dynamic_shapes=(batch, tuple(batch for _ in leaves))
+    )
+    first = [leaf[:1].clone() for leaf in leaves]
+    assert close(program.module()(x[:1].clone(), tuple(first)), Step()(x[:1], first))
 
 
 def test_distillation_trains_the_share(tmp_path):

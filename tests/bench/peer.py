@@ -73,7 +73,7 @@ def main() -> None:
     options.add_argument("--jobs", type=int, default=8, help="mixers at the same time")
     options.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = options.parse_args()
-    names = options.mixer or sorted(MIXERS)
+    names = options.mixer or sorted(json.loads(PUBLISHED.read_text()))
     if not options.alone:
         print("| mixer | config | ours | peer | ours against peer |\n|---|---|---|---|---|")
         with ThreadPoolExecutor(options.jobs) as pool:
