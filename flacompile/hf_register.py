@@ -1,8 +1,8 @@
-"""Makes AutoConfig know converted checkpoints as soon as both packages are imported.
+"""Makes AutoConfig know our checkpoints as soon as both packages are imported.
 
 Importing flacompile does not import transformers, which takes seconds, and either may come first.
 So a finder waits for the module that holds the Auto classes' table, lets the others load it, and
-then adds our entry.
+then adds our entries.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ def _register() -> None:
     from transformers import AutoConfig
 
     from flacompile.hf_models import MODEL_TYPE, ConvertedConfig
+    from flacompile.lm.config import register
 
     AutoConfig.register(MODEL_TYPE, ConvertedConfig, exist_ok=True)  # type: ignore[arg-type]
+    register()
 
 
 def register_models() -> None:

@@ -1,9 +1,10 @@
-"""Writes published_models.json: config.json and state dict of the published model classes.
+"""Writes published_models.json: config.json, state dict and logits of the published classes.
 
-    PYTHONPATH=.:tests python tests/published_models.py
+    TRITON_INTERPRET=1 python tests/published_models.py
 
-Needs flash-linear-attention; weights are random and on a CPU. Each tiny model is saved by the
-published class, read by ``flacompile.lm`` and compared weight by weight before it is written down.
+Needs flash-linear-attention and a CPU, where Triton interprets its kernels. Each tiny model with
+random weights is saved by the published class, read by ``flacompile.lm``, and compared weight by
+weight before it is written down.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import json
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import MagicMock
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -63,7 +66,9 @@ TINY: dict[str, list[dict[str, Any]]] = {
         GATED | {"num_heads": 4, "num_kv_heads": 2, "norm_q": True, "norm_k": True},
     ],
     "mamba": [SMALL | {"state_size": 4, "use_bias": True}],
-    "mamba2": [SMALL | {"state_size": 8, "head_dim": 16, "n_groups": 2}],
+    "mamba2": [
+        SMALL | {"state_size": 8, "head_dim": 16, "n_groups": groups} for groups in (1, 2)
+    ],
     "mla": [
         GATED
         | {"num_heads": 2, "q_lora_rank": 24, "kv_lora_rank": 16, "v_head_dim": 16}
@@ -84,11 +89,58 @@ TINY: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 
 
+UNLIKE = {  # (type, case) whose logits are not written down
+    ("abc", 0): "the interpreter does not run its kernel",
+    ("lightnet", 0): "the interpreter does not run its kernel",
+    ("mamba2", 1): "the published fallback repeats groups in another order than its kernel",
+    ("mla", 1): "the published layer leaves YaRN out",
+}
+IDS = torch.arange(1, 13)[None]
+KEPT = 16  # logits of the last token that are written down
+
+
+def weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Random ones, of norms around one."""
+    torch.manual_seed(0)
+    return {
+        name: torch.randn(shape) * 0.3 + name.endswith("norm.weight")
+        for name, shape in shapes.items()
+    }
+
+
+class Driver:
+    """What the published library and Triton ask of a GPU's driver; no kernel is timed."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        return lambda kernel, quantiles: [1.0 for _ in quantiles]
+
+
+def softmax(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int], **_: Any
+) -> Tensor:
+    """flash-attn's function; tensors [B, T, H, K]."""
+    assert causal
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    time = torch.arange(q.shape[2])
+    age = time[:, None] - time
+    mask = (age >= 0) & ((age <= window_size[0]) | (window_size[0] < 0))
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
+
+
+def interpret() -> None:
+    """Imports the published library for a CPU."""
+    sys.modules["flash_attn"] = flash = ModuleType("flash_attn")
+    flash.flash_attn_func = softmax  # type: ignore[attr-defined]
+    flash.flash_attn_varlen_func = None  # type: ignore[attr-defined]
+    import_module("fla.models")  # asks for CUDA if there is a driver by now
+    import_module("triton.runtime").driver.set_active(Driver())
+
+
 def published(model_type: str, **fields: Any) -> PreTrainedModel:
     """The published model, built on the current device."""
-    if "flash_attn" not in sys.modules:  # asked for when built, called on a GPU only
-        sys.modules["flash_attn"] = flash = ModuleType("flash_attn")
-        flash.flash_attn_func = flash.flash_attn_varlen_func = MagicMock()  # type: ignore[attr-defined]
     module = import_module(f"fla.models.{model_type}")
     stem = lm.KINDS[model_type].stem
     return getattr(module, f"{stem}ForCausalLM")(getattr(module, f"{stem}Config")(**fields))
@@ -111,17 +163,28 @@ def check(model: PreTrainedModel) -> None:
     assert all(ours[name].equal(want[name]) for name in want)
 
 
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> list[float]:
+    last = model.eval()(IDS, use_cache=False).logits[0, -1, :KEPT]
+    return [float(f"{x:.7g}") for x in last.tolist()]
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     disable_progress_bar()
+    interpret()
     made: dict[str, list[dict[str, Any]]] = {}
     for model_type, cases in TINY.items():
         with torch.device("meta"):
             made[model_type] = [entry(published(model_type, **DEFAULT.get(model_type, DEPTH)))]
-        for fields in cases:
+        for i, fields in enumerate(cases):
             model = published(model_type, **fields)
+            written = entry(model)
+            model.load_state_dict(weights(written["state_dict"]), strict=False)
             check(model)
-            made[model_type].append(entry(model))
+            if (model_type, i) not in UNLIKE:
+                written["logits"] = logits(model)
+            made[model_type].append(written)
         print(model_type, len(cases))
     lines = json.dumps(made, separators=(",", ": ")).replace('{"config"', '\n{"config"')
     PATH.write_text(lines + "\n")

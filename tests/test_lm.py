@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from mixer_inputs import close
+from published_models import IDS, KEPT, PATH, weights
 from safetensors.torch import load_file, save_file
 from textbook import TEXTBOOK
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -22,7 +25,7 @@ from flacompile.layers import Attention
 from flacompile.layers.base import RecurrentMixer
 from flacompile.lm.kinds import KINDS
 
-PUBLISHED = json.loads((Path(__file__).parent / "published_models.json").read_text())
+PUBLISHED = json.loads(PATH.read_text())
 TAKEN = {"bitnet", "mamba", "mamba2"}  # names that transformers has itself
 CASES = [
     pytest.param(entry, id=f"{name}-{i}")
@@ -37,14 +40,10 @@ NEW = 5
 
 def write(folder: Path, entry: dict, **changed) -> dict[str, torch.Tensor]:
     """A checkpoint as the published class leaves it, with random weights."""
-    torch.manual_seed(0)
     (folder / "config.json").write_text(json.dumps(entry["config"] | changed))
-    weights = {
-        name: torch.randn(shape) * 0.3 + name.endswith("norm.weight")
-        for name, shape in entry["state_dict"].items()
-    }
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return weights
+    made = weights(entry["state_dict"])
+    save_file(made, folder / "model.safetensors", {"format": "pt"})
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,7 @@ def test_defaults_are_the_published(name):
 
 @over_cases
 def test_published_checkpoints_load(entry, tmp_path):
-    name, weights = entry["config"]["model_type"], write(tmp_path, entry)
+    name, written = entry["config"]["model_type"], write(tmp_path, entry)
     loaders = [lm.from_pretrained]
     if name not in TAKEN:
         loaders.append(AutoModelForCausalLM.from_pretrained)
@@ -103,9 +102,18 @@ def test_published_checkpoints_load(entry, tmp_path):
         if entry["config"]["tie_word_embeddings"]:
             assert model.lm_head.weight is model.get_input_embeddings().weight
             del state["lm_head.weight"]
-        assert state.keys() == weights.keys()
-        assert all(state[key].equal(weights[key]) for key in weights)
+        assert state.keys() == written.keys()
+        assert all(state[key].equal(written[key]) for key in written)
         assert generate(model, prompt(1, 4), 2).shape == (1, 6)
+
+
+@pytest.mark.parametrize("entry", [c for c in CASES if "logits" in c.values[0]])
+def test_logits_are_the_published(entry, tmp_path):
+    """Those of the published classes' own kernels, interpreted."""
+    write(tmp_path, entry)
+    with torch.no_grad():
+        got = lm.from_pretrained(tmp_path)(IDS).logits[0, -1, :KEPT]
+    assert close(got, torch.tensor(entry["logits"]))
 
 
 @over_cases
@@ -291,11 +299,34 @@ def test_sampling_continues_and_hidden_states(models):
     assert embedded.logits.equal(out.logits[:, -2:])
 
 
+READ = """
+import sys, flacompile
+assert "transformers" not in sys.modules
+from transformers import LlamaForCausalLM, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(model).__module__, type(model).__name__)
+"""
+
+
+def test_importing_flacompile_is_enough(tmp_path):
+    """Also where transformers reads its Auto classes for one of its own models."""
+    write(tmp_path, LAST["gla"])
+    run = [sys.executable, "-c", READ, str(tmp_path)]
+    printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert printed == "flacompile.lm GLAForCausalLM\n"
+
+
+def test_classes_are_found_by_name(models):
+    assert lm.GLAForCausalLM.config_class is lm.GLAConfig
+    assert pickle.loads(pickle.dumps(models("gla").config)).attn == models("gla").config.attn
+    with pytest.raises(AttributeError, match="has no attribute 'GLB'"):
+        _ = lm.GLB
+
+
 def test_names_that_transformers_has_stay_its_own():
     for name in PUBLISHED:
         ours = AutoConfig.for_model(name).__class__ is lm.MODELS[name][0]
         assert ours == (name not in TAKEN), name
-    assert lm.GLAForCausalLM.config_class is lm.GLAConfig
 
 
 REFUSED = {
@@ -330,8 +361,8 @@ def test_refused_checkpoints(tmp_path):
         "mlp.up_proj": {k: v[:3] if "mlp.up_proj" in k else v for k, v in whole.items()},
         "RMSNorm": {k: v for k, v in whole.items() if k != "model.norm.weight"},
     }
-    for message, weights in damages.items():
-        save_file(weights, file, {"format": "pt"})
+    for message, damaged in damages.items():
+        save_file(damaged, file, {"format": "pt"})
         with pytest.raises(ValueError, match=message):
             lm.from_pretrained(tmp_path)
 

@@ -6,16 +6,23 @@ published ones, ``GLAConfig``, ``GLAModel``, ``GLAForCausalLM``: transformers' m
 save and generate. What the published library's ``fuse_*`` fields choose between is one form here.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
 try:
     import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError("flacompile.lm needs transformers: pip install 'flacompile[hf]'") from error
 
-from flacompile.lm.kinds import KINDS
-from flacompile.lm.registry import MODELS, from_pretrained, register
 
-for _classes in MODELS.values():
-    globals().update({cls.__name__: cls for cls in _classes})
-register()
-
-__all__ = ["KINDS", "MODELS", "from_pretrained", "register"]
+def __getattr__(name: str) -> Any:
+    """The classes, made at first use: the Auto classes ask for the configs while they load."""
+    registry = import_module("flacompile.lm.registry")
+    if name in ("from_pretrained", "KINDS", "MODELS"):
+        return getattr(registry, name)
+    for cls in (cls for classes in registry.MODELS.values() for cls in classes):
+        if cls.__name__ == name:
+            return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

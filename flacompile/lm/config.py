@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from flacompile.lm.kinds import KINDS, Kind
 from flacompile.ops.validate import expect
@@ -28,6 +29,7 @@ class Config(PreTrainedConfig):
 
     # transformers hands over every key that is no field of its own.
     def __post_init__(self, **kwargs: Any) -> None:
+        import_module("flacompile.lm.registry")  # tells the Auto classes of the models
         for name, value in self.kind.defaults.items():
             setattr(self, name, kwargs.pop(name, deepcopy(value)))
         super().__post_init__(**kwargs)
@@ -57,3 +59,22 @@ class Config(PreTrainedConfig):
                 given = {name: spec.get(name, value) for name, value in ATTENTION.items()}
                 return {"num_heads": spec["num_heads"], **given}
         return None
+
+
+def _config_class(model_type: str) -> type[Config]:
+    name = f"{KINDS[model_type].stem}Config"
+    return type(name, (Config,), {"model_type": model_type, "__module__": "flacompile.lm"})
+
+
+CONFIGS = {model_type: _config_class(model_type) for model_type in KINDS}
+
+
+def register() -> None:
+    """Tells AutoConfig of every type whose name is free; three are transformers' own.
+
+    The model classes follow with the first config: the Auto classes read their table of configs
+    before there are any models to inherit from.
+    """
+    for model_type, config in CONFIGS.items():
+        if model_type not in CONFIG_MAPPING:
+            AutoConfig.register(model_type, config)

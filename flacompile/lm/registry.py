@@ -6,15 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-)
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
-from flacompile.lm.config import Config
+from flacompile.lm.config import CONFIGS, Config
 from flacompile.lm.kinds import KINDS
 from flacompile.lm.model import Backbone, LanguageModel
 from flacompile.ops.validate import expect
@@ -23,30 +17,23 @@ from flacompile.ops.validate import expect
 def classes(model_type: str) -> tuple[type[Config], type[Backbone], type[LanguageModel]]:
     """Config, backbone and language model of one type."""
     stem, prefix = KINDS[model_type].stem, KINDS[model_type].names.backbone
-    place: dict[str, Any] = {"__module__": "flacompile.lm"}
-    config: Any = type(f"{stem}Config", (Config,), {"model_type": model_type, **place})
-    place |= {"config_class": config, "base_model_prefix": prefix}
-    tied = {"_tied_weights_keys": {"lm_head.weight": f"{prefix}.embeddings.weight"}}
+    config: Any = CONFIGS[model_type]
+    place = {
+        "__module__": "flacompile.lm", "config_class": config, "base_model_prefix": prefix,
+    }  # fmt: skip
     backbone: Any = type(f"{stem}Model", (Backbone,), place)
-    model: Any = type(
-        f"{stem}ForCausalLM", (LanguageModel,), place | tied | {"backbone_class": backbone}
-    )
-    return config, backbone, model
+    tied = {"lm_head.weight": f"{prefix}.embeddings.weight"}
+    own = {"backbone_class": backbone, "_tied_weights_keys": tied}
+    return config, backbone, type(f"{stem}ForCausalLM", (LanguageModel,), place | own)
 
 
 MODELS = {model_type: classes(model_type) for model_type in KINDS}
 
 
-def register() -> None:
-    """Tells transformers' Auto classes of every type whose name is free.
-
-    ``mamba``, ``mamba2`` and ``bitnet`` are transformers' own; ``from_pretrained`` takes all.
-    """
-    for model_type, (config, backbone, model) in MODELS.items():
-        if model_type not in CONFIG_MAPPING:
-            AutoConfig.register(model_type, config)
-            AutoModel.register(config, backbone)
-            AutoModelForCausalLM.register(config, model)
+for _model_type, (_config, _backbone, _model) in MODELS.items():
+    if CONFIG_MAPPING[_model_type] is _config:
+        AutoModel.register(_config, _backbone)
+        AutoModelForCausalLM.register(_config, _model)
 
 
 def from_pretrained(
