@@ -86,7 +86,8 @@ def running_gradient(change: Tensor, end: Tensor, g: Tensor, cu_seqlens: Tensor 
     """``decay_gradient`` of a change [B, T, H, X or 1]."""
     if g.ndim == 3:
         change, end = change.sum(-1, keepdim=True), end.sum(-1, keepdim=True)
-    total = change.to(end.dtype).cumsum(1)
+    # PyTorch's running sums over the last dim use all of a GPU, over others they do not.
+    total = change.to(end.dtype).movedim(1, -1).contiguous().cumsum(-1).movedim(-1, 1)
     if cu_seqlens is None:
         rest = total[:, -1:] - total + change if g.shape[1] else total
         dg = rest + end[:, None]

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flacompile.ops.kernels import conv, dplr, linear_attn, scan, selective_scan
+from flacompile.ops.kernels import conv, dplr, linear_attn, scan, selective_scan, tiles
 from flacompile.ops.selective_scan import SPAN
 
 DECAYS = ("none", "g", "gk", "gv", "g gk", "g gv", "gk gv")
@@ -57,7 +57,7 @@ def linear_attn_variant(decay, dtype, K, V, reverse):
         types |= {"cu_seqlens": "*i64", "o": "*fp32"}
     dot = DTYPES[dtype]
     meta = linear_attn.tiles(K, V, len({"gk", "gv"} & {*given}), dot)
-    constants = dict(K=K, V=V, REVERSE=reverse, LIMIT=60.0, **meta, **linear_attn.DOTS[dot])
+    constants = dict(K=K, V=V, REVERSE=reverse, LIMIT=60.0, **meta, **tiles.DOTS[dot])
     name = f"linear_attn, {decay}{', reverse' if reverse else ''}, {dtype}, {K}x{V}"
     return Variant(name, kernel, types, constants)
 
@@ -116,8 +116,8 @@ def dplr_variants():
             types |= {"c": f"*{dtype}"} if writes == 1 and not reverse else {}
             if reverse:
                 types |= dict.fromkeys(("cu_seqlens", "sequences", "places"), "*i64")
-            constants = {"K": K, "V": V, "REVERSE": reverse, "LIMIT": linear_attn.LIMITS[dot]}
-            constants |= dplr.tiles(K, V, dot) | linear_attn.DOTS[dot]
+            constants = {"K": K, "V": V, "REVERSE": reverse, "LIMIT": tiles.LIMITS[dot]}
+            constants |= dplr.tiles(K, V, dot, 128) | tiles.DOTS[dot]
             back = ", reverse" if reverse else ""
             for kernel in ("inside", "sweep"):
                 name = f"dplr {kernel}, {decay}, {writes} writes{back}, {dtype}, {K}x{V}"

@@ -99,31 +99,37 @@ class RWKV6Attention(RWKVAttention):
         state: tuple[Tensor, ...] | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Reads r_t S_{t-1}: in a sequence one longer, token t reads at t and writes at t + 1."""
-        r, time = inputs[0], torch.arange(inputs[0].shape[1], device=inputs[0].device)
-        sequences, place = 1, time
-        if cu_seqlens is not None:
-            sequences = cu_seqlens.shape[0] - 1
-            place = time + torch.searchsorted(cu_seqlens, time, right=True) - 1
-            cu_seqlens = cu_seqlens + torch.arange(sequences + 1, device=time.device)
+        """Reads r_t S_{t-1}: with r one token earlier that is a read after the write, o one later.
 
-        def longer(x: Tensor, index: Tensor) -> Tensor:
-            wide = x.new_zeros(x.shape[0], x.shape[1] + sequences, *x.shape[2:])
-            return wide.index_copy(1, index, x)
-
-        k, v, w = (longer(i, place + 1) for i in inputs[1:4])
+        The first token of a sequence reads the state that the sequence began with.
+        """
+        r, k, v, w = inputs[:4]
         first = None if state is None else state[0]
         o, last = linear_attn(
-            longer(r, place), k, v, w, scale=self.scale, state=first, cu_seqlens=cu_seqlens
+            r.roll(-1, 1), k, v, w, scale=self.scale, state=first, cu_seqlens=cu_seqlens
         )
-        return o[:, place], (last,)
+        o, time = o.roll(1, 1), torch.arange(r.shape[1], device=r.device)
+        start = torch.zeros_like(last) if first is None else first
+        if cu_seqlens is None:
+            is_first = time == 0
+            before = self.read(r[:, :1], start[:, None])
+        else:
+            sequence = torch.searchsorted(cu_seqlens, time, right=True) - 1
+            is_first = cu_seqlens[sequence] == time
+            firsts = cu_seqlens[:-1].clamp(max=r.shape[1] - 1)  # of an empty sequence any token
+            before = self.read(r[0, firsts], start)[None, sequence]
+        return torch.where(is_first[:, None, None], before.to(o.dtype), o), (last,)
 
     def mix_step(
         self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         r, k, v, w = inputs[:4]
-        o = self.scale * (r.to(state[0].dtype)[..., None, :] @ state[0])[..., 0, :]
+        o = self.read(r, state[0])
         return o.to(v.dtype), linear_attn_step(r, k, v, w, state=state[0])[1:]
+
+    def read(self, r: Tensor, state: Tensor) -> Tensor:
+        """scale r S: r [..., K], S [..., K, V]."""
+        return self.scale * (r.to(state.dtype)[..., None, :] @ state)[..., 0, :]
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         r, k, v, _, *gate = inputs

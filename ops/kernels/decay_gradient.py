@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flacompile.ops.closed_backward import running_gradient
 from flacompile.ops.kernels.launch import launch
-from flacompile.ops.kernels.linear_attn import _load, _rows, _sequence, _store_rows
+from flacompile.ops.kernels.tiles import _load, _rows, _sequence, _store_rows
 
 Pairs = list[tuple[Tensor, Tensor]]
 

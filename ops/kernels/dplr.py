@@ -24,13 +24,16 @@ are mild: see the kernels of linear_attn.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from flacompile.ops.kernels.launch import launch
-from flacompile.ops.kernels.linear_attn import (
+from flacompile.ops.kernels.linear_attn import PROGRAMS, linear_attn_forward
+from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
     _decay_sums,
@@ -43,19 +46,29 @@ from flacompile.ops.kernels.linear_attn import (
     _store_rows,
     _store_state,
     dot_of,
-    linear_attn_forward,
 )
 
 
 @triton.jit
-def _inverse(A, i, C: tl.constexpr):
-    """(1 - A)^-1 of a strictly lower matrix, row by row: X_i = e_i + sum_j A_ij X_j."""
-    X = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
-    A = tl.trans(A)
-    for row in range(1, C):
-        A_i = tl.sum(tl.where(i[None, :] == row, A, 0.0), 1)
-        X_i = tl.sum(A_i[:, None] * X, 0)
-        X += tl.where(i[:, None] == row, X_i[None, :], 0.0)
+def _inverse(A, i, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(1 - A)^-1 of a strictly lower matrix.
+
+    First of its 8 x 8 blocks on the diagonal, all at once, row by row: X_i = e_i + sum_j A_ij X_j.
+    Then of blocks twice as large, from A below the diagonal in each: X + X A X.
+    """
+    row, col = i[:, None], i[None, :]
+    X = tl.where(row == col, 1.0, 0.0)
+    inside = tl.trans(tl.where(row // 8 == col // 8, A, 0.0))
+    for r in range(1, 8):
+        A_r = tl.sum(tl.where(col % 8 == r, inside, 0.0), 1)  # of row r of every block
+        X_r = tl.sum(A_r[:, None] * X, 0)
+        X += tl.where((row % 8 == r) & (row // 8 == col // 8), X_r[None, :], 0.0)
+    size = 8
+    while size < C:
+        joins = (row // (2 * size) == col // (2 * size)) & (row // size > col // size)
+        below = tl.dot(tl.where(joins, A, 0.0), X, input_precision=PRECISION)
+        X += tl.dot(X, below, input_precision=PRECISION)
+        size *= 2
     return X
 
 
@@ -180,7 +193,7 @@ def _inside_kernel(
         QU_c, A_v = tl.where(up_to, QU_c, 0.0), tl.where(below, A_v, 0.0)
 
     # 4. Solve and store.
-    X_c = _inverse(tl.where(below, A, 0.0), i, C)
+    X_c = _inverse(tl.where(below, A, 0.0), i, C, PRECISION)
     _store_rows(X_c, X, at, by, inside, i, C)
     if XV is not None:
         XV_c = tl.dot(X_c, A_v, input_precision=PRECISION)
@@ -254,16 +267,24 @@ def _sweep_kernel(
     _store_state(S, final_state, sequence_head, kk, vv, K, V)
 
 
-def tiles(K: int, V: int, dot: str) -> dict[str, int]:
-    """Block sizes and warps, chosen as in linear_attn; dots as there."""
-    BK = max(16, triton.next_power_of_2(K))
+def tiles(K: int, V: int, dot: str, programs: Any) -> dict[str, int]:
+    """Block sizes and warps, chosen as in linear_attn; dots as there.
+
+    Args:
+        programs: (sequence, head) pairs: where they are few, narrow blocks of V keep a GPU busy.
+    """
+    BK, BV = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
     if dot == "ieee":
-        BV, C = 16, 16
+        widest, C = 16, 16
     else:
-        BV, C = 64 if BK <= 128 else 32, 32 if BK <= 128 else 16
-    BV = min(BV, max(16, triton.next_power_of_2(V)))
+        widest, C = (64, 32) if BK <= 128 else (32, 16)
+        if isinstance(programs, int) and 2 * programs * triton.cdiv(V, widest) <= PROGRAMS:
+            widest = 16
     warps = 4 if (64 if dot == "ieee" else 128) >= BK else 8
-    return {"BK": BK, "BV": BV, "C": C, "num_warps": warps, "num_stages": 1}
+    stages = 1 if dot == "ieee" else 2
+    return {
+        "BK": BK, "BV": min(BV, widest), "C": C, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
 
 
 def _places(cu_seqlens: Tensor, time: int, chunk: int) -> tuple[Tensor, Tensor]:
@@ -318,7 +339,7 @@ def dplr_sweep(
     decays = (g, None) if g.ndim == 3 else (None, g)
 
     dot = dot_of(dtype)
-    meta = {"K": K, "REVERSE": reverse, **tiles(K, V, dot), **DOTS[dot]}
+    meta = {"K": K, "REVERSE": reverse, **tiles(K, V, dot, N * H), **DOTS[dot]}
     C, BV = meta["C"], meta.pop("BV")
 
     def matrices(wanted: bool) -> Tensor | None:

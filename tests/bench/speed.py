@@ -97,13 +97,14 @@ def mamba2(C: Tensor, B: Tensor, x: Tensor, g: Tensor, f: Callable[..., Any]) ->
 
 def rwkv6_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Any:
     """Reads before it writes: r of the next token, its decay undone, is a plain read."""
-    o, final = spec.linear_attn(F.pad(r[:, 1:], (0, 0, 0, 0, 0, 1)), k, v, w, None, 1.0,
-                                v.new_zeros(v.shape[0], *k.shape[2:], v.shape[-1]), False)  # fmt: skip
+    early = F.pad(r[:, 1:], (0, 0, 0, 0, 0, 1))
+    o, final = spec.linear_attn(early, k, v, w, scale=1.0)
     return F.pad(o[:, :-1], (0, 0, 0, 0, 1, 0)), final
 
 
 def rwkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Any:
-    return MIXERS["rwkv6"].mix(SimpleNamespace(scale=1.0), (r, k, v, w), None, None)  # type: ignore[arg-type]
+    mixer: Any = SimpleNamespace(scale=1.0)
+    return MIXERS["rwkv6"].mix(mixer, (r, k, v, w), None, None)
 
 
 def by_head(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,8 +162,9 @@ def worst(row: Row, f: Callable[..., Any], time: int) -> float:
     wide = leaves([x.double() for x in args])
     got, want = f(*args)[0], row.loop(*wide)[0]
     do = torch.randn_like(got)
-    pairs = [(got, want), *zip(torch.autograd.grad(got, args, do),
-                               torch.autograd.grad(want, wide, do.double()), strict=True)]  # fmt: skip
+    ours = (got, *torch.autograd.grad(got, args, do))
+    exact = (want, *torch.autograd.grad(want, wide, do.double()))
+    pairs = zip(ours, exact, strict=True)
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
 
 

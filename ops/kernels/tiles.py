@@ -1,0 +1,123 @@
+"""What the kernels of a state [K, V] are made of: rows and states in memory, decays, dots."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+DOTS = {
+    "bf16": {"DOT": tl.bfloat16, "PRECISION": "tf32"},
+    "tf32": {"DOT": tl.float32, "PRECISION": "tf32"},
+    "ieee": {"DOT": tl.float32, "PRECISION": "ieee"},
+}
+LIMITS = {"bf16": 60.0, "tf32": 60.0, "ieee": 16.0}  # e^60 is far from the largest bf16, e^88
+
+
+def dot_of(*dtypes: torch.dtype) -> str:
+    """What the factors of dots of such tensors are: a name of DOTS."""
+    if torch.float32 in dtypes:
+        return "ieee"
+    return "bf16" if set(dtypes) == {torch.bfloat16} else "tf32"
+
+
+@triton.jit
+def _sequence(cu_seqlens, n, T):
+    """First token and number of tokens of sequence n."""
+    if cu_seqlens is None:
+        start = n.to(tl.int64) * T
+        length = start * 0 + T
+    else:
+        start = tl.load(cu_seqlens + n).to(tl.int64)
+        length = tl.load(cu_seqlens + n + 1).to(tl.int64) - start
+    return start, length
+
+
+@triton.jit
+def _rows(first, i, start, length, h, H, REVERSE: tl.constexpr):
+    """Rows first + i of the sequence, as indices in [B * T * H]: at + by, and at + by + later.
+
+    The second is where the decay of a row stands. Offsets by are small, so that only the scalar at
+    needs 64 bits. Also which of the rows are there, and which have a decay.
+    """
+    inside = first + i < length
+    if REVERSE:
+        return (start + length - 1 - first) * H + h, -i * H, H, inside, inside & (first + i > 0)
+    else:
+        return (start + first) * H + h, i * H, H * 0, inside, inside
+
+
+@triton.jit
+def _load(pointer, at, by, inside, col, WIDTH: tl.constexpr):
+    """Rows of a [*, WIDTH] tensor, zero outside."""
+    mask = inside[:, None] & (col < WIDTH)[None, :]
+    offsets = by[:, None] * WIDTH + col[None, :]
+    return tl.load(pointer + at * WIDTH + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_row(pointer, at, inside, col, WIDTH: tl.constexpr):
+    """One row in fp32, zero outside."""
+    mask = inside & (col < WIDTH)
+    return tl.load(pointer + at * WIDTH + col, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _dot(x, y, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """x y with fp32 sums, the factors in DOT."""
+    return tl.dot(x.to(DOT), y.to(DOT), input_precision=PRECISION)
+
+
+@triton.jit
+def _decay_sums(g, at, by, inside):
+    """Running sums of the log decays of a chunk, each row's own, and the sums of all: hi and lo.
+
+    g = hi + lo with hi a multiple of 2^-10: sums of up to 128 hi are exact, so a difference of sums
+    is as good as the sum between. e^-128 is 0 in fp32 already.
+    """
+    g_c = tl.load(g + at + by, mask=inside, other=0.0)
+    g_c = tl.where(g_c < -128.0, -128.0, g_c)
+    hi = tl.floor(g_c * 1024.0) * (1.0 / 1024.0)
+    lo = g_c - hi
+    return tl.cumsum(hi, 0), tl.cumsum(lo, 0), hi, lo, tl.sum(hi, 0), tl.sum(lo, 0)
+
+
+@triton.jit
+def _load_state(state, sequence_head, kk, vv, K: tl.constexpr, V: tl.constexpr):
+    offsets = sequence_head * K * V + kk[:, None] * V + vv[None, :]
+    mask = (kk < K)[:, None] & (vv < V)[None, :]
+    return tl.load(state + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_state(S, state, sequence_head, kk, vv, K: tl.constexpr, V: tl.constexpr):
+    offsets = sequence_head * K * V + kk[:, None] * V + vv[None, :]
+    tl.store(state + offsets, S, mask=(kk < K)[:, None] & (vv < V)[None, :])
+
+
+@triton.jit
+def _store_rows(o_c, o, at, by, inside, vv, V: tl.constexpr):
+    mask = inside[:, None] & (vv < V)[None, :]
+    offsets = by[:, None] * V + vv[None, :]
+    tl.store(o + at * V + offsets, o_c.to(o.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _owned(SEGMENTS, H, NV: tl.constexpr):
+    """Sequence, segment, head and value block of this program, and the place of its state."""
+    state_index = (tl.program_id(0) // NV).to(tl.int64)
+    h = state_index % H
+    segment = (state_index // H) % SEGMENTS
+    n = state_index // H // SEGMENTS
+    return n, segment, h, tl.program_id(0) % NV, state_index
+
+
+@triton.jit
+def _store_end(
+    S, ends, final_state, n, segment, SEGMENTS, h, H, kk, vv, K: tl.constexpr, V: tl.constexpr
+):
+    """The state after a segment, to ends in a first pass, or after the last one to final_state."""
+    if ends is not None:
+        _store_state(S, ends, (n * SEGMENTS + segment) * H + h, kk, vv, K, V)
+    elif segment == SEGMENTS - 1:
+        _store_state(S, final_state, n * H + h, kk, vv, K, V)
