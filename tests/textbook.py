@@ -175,9 +175,8 @@ def mamba2(m, x):
     u, B, C = u.split((u.shape[-1] - (G + c.n_groups) * N, G * N, c.n_groups * N), -1)
     dt = F.softplus(dt + m.dt_bias).clamp(*c.dt_limit)[..., None]
     u, B = stream(m, u, H, P), stream(m, B, H, N, "B_norm")
-    y = ssm(m, u, dt, -m.A_log.exp()[:, None, None], B, stream(m, C, H, N, "C_norm"))
     gates = (1.0, F.silu(z) if Z else 1.0)[:: 1 if c.norm_before_gate else -1]
-    y = y * gates[0]
+    y = ssm(m, u, dt, -m.A_log.exp()[:, None, None], B, stream(m, C, H, N, "C_norm")) * gates[0]
     y = rms(y.unflatten(-1, (c.n_groups, -1)), 1).flatten(2) * m.norm.weight if c.rmsnorm else y
     return m.out_proj(y * gates[1])
 
