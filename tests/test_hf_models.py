@@ -193,7 +193,7 @@ BROKEN = {
         lambda p: edit(p, lambda c: c["flacompile"].pop("layers")), "and its layers, got {'base'",
     ),
     "another model": (
-        lambda p: edit(p, lambda c: c["flacompile"].update(base="lama")), "config.json.*'lama'",
+        lambda p: edit(p, lambda c: c["flacompile"].update(base="lamb")), "config.json.*'lamb'",
     ),
     "not converted": (lambda p: edit(p, lambda c: c.update(model_type="llama")), "got llama"),
     "unknown mixer": (
