@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from itertools import chain, product
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from flacompile.ops.selective_scan import SPAN
 DECAYS = ("none", "g", "gk", "gv", "g gk", "g gv", "gk gv")
 DTYPES = {"bf16": "bf16", "fp16": "tf32", "fp32": "ieee"}  # and what their dots are
 SHAPES = ((128, 128), (64, 64), (256, 256), (16, 24))  # K, V
+ARCHITECTURES = (80, 90)
 
 
 class Variant(NamedTuple):
@@ -35,18 +35,19 @@ class Variant(NamedTuple):
     kernel: Any
     types: dict[str, str]
     constants: dict[str, Any]
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 def linear_attn_variants():
     """Everything at the most common shape; at the others each kind of decay once a dtype."""
     for decay, dtype, reverse in product(DECAYS, DTYPES, (False, True)):
-        yield linear_attn_variant(decay, dtype, *SHAPES[0], reverse)
+        yield from linear_attn_variant(decay, dtype, *SHAPES[0], reverse)
     for (K, V), decay, dtype in product(SHAPES[1:], ("g", "gk gv"), DTYPES):
-        yield linear_attn_variant(decay, dtype, K, V, False)
+        yield from linear_attn_variant(decay, dtype, K, V, False)
 
 
 def linear_attn_variant(decay, dtype, K, V, reverse):
-    """reverse is also packed, fp32 out."""
+    """One for each architecture; reverse is also packed, fp32 out."""
     given = decay.split()
     diagonal = "gk" in given or "gv" in given
     kernel = linear_attn._diagonal_kernel if diagonal else linear_attn._scalar_kernel
@@ -55,11 +56,12 @@ def linear_attn_variant(decay, dtype, K, V, reverse):
     types |= dict.fromkeys(given, "*fp32")
     if reverse:
         types |= {"cu_seqlens": "*i64", "o": "*fp32"}
-    dot = DTYPES[dtype]
-    meta = linear_attn.tiles(K, V, len({"gk", "gv"} & {*given}), dot)
-    constants = dict(K=K, V=V, REVERSE=reverse, LIMIT=60.0, **meta, **tiles.DOTS[dot])
+    dot = tiles.dot_of_sums(DTYPES[dtype]) if reverse else DTYPES[dtype]
     name = f"linear_attn, {decay}{', reverse' if reverse else ''}, {dtype}, {K}x{V}"
-    return Variant(name, kernel, types, constants)
+    for arch in ARCHITECTURES:
+        meta = linear_attn.tiles(K, V, len({"gk", "gv"} & {*given}), dot, arch >= 90)
+        constants = dict(K=K, V=V, REVERSE=reverse, LIMIT=60.0, **meta, **tiles.DOTS[dot])
+        yield Variant(name, kernel, types, constants, (arch,))
 
 
 def conv_variants():
@@ -155,10 +157,10 @@ def needs(compiled):
     return {"registers": int(registers), "stack": int(stack)}
 
 
-def main(architectures):
+def main():
     for variant in chain.from_iterable(variants() for variants in VARIANTS):
         src, options = source(variant)
-        for arch in architectures:
+        for arch in variant.architectures:
             compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
             shared = compiled.metadata.shared
             row = {"name": variant.name, "arch": arch, "shared": shared, **needs(compiled)}
@@ -166,4 +168,4 @@ def main(architectures):
 
 
 if __name__ == "__main__":
-    main([int(arch) for arch in sys.argv[1:]] or [80, 90])
+    main()

@@ -46,6 +46,7 @@ from flacompile.ops.kernels.tiles import (
     _store_rows,
     _store_state,
     dot_of,
+    dot_of_sums,
 )
 
 
@@ -225,18 +226,19 @@ def dplr_reads(
         queries: [B, T, H, V] each.
         writes: [B, T, H, K] and [B, T, H, V] each.
         g, state, cu_seqlens: as in ``dplr_sweep``.
-        dtype: of the factors of dots.
+        dtype: of the factors of dots; without g, else see ``dot_of_sums``.
         reverse: run back in time, position t with the decay of t + 1.
 
     Returns:
         [B, T, H, K] fp32 for each query.
     """
     start = state.mT.contiguous()
+    dot = dot_of(dtype) if g is None else dot_of_sums(dot_of(dtype))
 
     def read(x: Tensor, key: Tensor, value: Tensor, first: Tensor | None) -> Tensor:
         return linear_attn_forward(
             x, value, key, None, g, first, cu_seqlens, 1.0, reverse, out_dtype=torch.float32,
-            dot=dot_of(dtype),
+            dot=dot,
         )[0]  # fmt: skip
 
     found = []

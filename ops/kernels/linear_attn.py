@@ -40,6 +40,7 @@ from flacompile.ops.kernels.tiles import (
     _store_rows,
     _store_state,
     dot_of,
+    dot_of_sums,
 )
 
 PROGRAMS = 264  # fill the largest GPUs, two on each multiprocessor
@@ -133,29 +134,41 @@ def _join_kernel(
         S += added
 
 
-def tiles(K: int, V: int, diagonals: int, dot: str) -> dict[str, int]:
+def tiles(K: int, V: int, diagonals: int, dot: str, hopper: bool) -> dict[str, int]:
     """Block sizes and warps, so that a thread's registers hold its share of the work.
 
     Chosen from times on an H200 and from the register and spill counts of binaries for sm_80 and
     sm_90, which tests/compile_kernels.py prints. Exact fp32 dots run without tensor cores and keep
     their operands in registers too, hence the smaller tiles; there a K above 128 still spills. The
-    loads of diagonal decays stand beside a branch, where Triton 3.6's pipeline gives wrong values.
+    loads of diagonal decays stand beside a branch, where Triton 3.6's pipeline gives wrong values,
+    and so do their tensor-core dots with eight warps.
 
     Args:
         diagonals: how many of gk and gv are diagonal.
         dot: what the factors of a dot are, "bf16", "tf32" or "ieee".
+        hopper: compute capability 9 or newer, whose dots read their factors from shared memory.
     """
     BK = max(16, triton.next_power_of_2(K))
     if dot == "ieee":
         BV, C = 32 if BK <= 64 else 16, 16
     else:
         BV, C = 64 if BK <= 128 else 32, 64 if BK <= 128 and diagonals < 2 else 32
-        C = min(C, 32) if dot == "tf32" else C
-        C = 16 if diagonals and BK > 128 else C
+        if dot == "tf32":
+            C = min(C, 32)
+        if diagonals and not hopper:
+            BV, C = 32, min(C, 32)
+        if diagonals and BK > 128:
+            C = 16
     BV = min(BV, max(16, triton.next_power_of_2(V)))
-    warps = 4 if (64 if dot == "ieee" else 128) >= BK else 8
+    on_tensor_cores = dot != "ieee"
+    warps = 4 if (128 if on_tensor_cores else 64) >= BK or (diagonals and on_tensor_cores) else 8
     stages = 1 if diagonals or dot == "ieee" else 2
     return {"BK": BK, "BV": BV, "C": C, "num_warps": warps, "num_stages": stages}
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Compute capability 9 or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def num_segments(programs: Any, time: Any) -> Any:
@@ -190,7 +203,8 @@ def linear_attn_forward(
         scale: factor of the output.
         reverse: run time backwards inside each sequence, position t with the decay of t + 1.
         out_dtype: dtype of o; default v's.
-        dot: what the factors of a dot are; default by the dtypes of q, k and v.
+        dot: what the factors of a dot are; default by the dtypes of q, k and v, and tf32 where an
+            fp32 o of bf16 tensors is asked for.
 
     Returns:
         o [B, T, H, V] and the state after the last row taken [N, H, K, V] fp32.
@@ -207,8 +221,11 @@ def linear_attn_forward(
     final_state = torch.empty(N, H, K, V, dtype=torch.float32, device=v.device)
 
     diagonals = (gk is not None) + (gv is not None)
-    dot = dot_of(q.dtype, k.dtype, v.dtype) if dot is None else dot
-    meta = {"K": K, "V": V, "REVERSE": reverse, **tiles(K, V, diagonals, dot), **DOTS[dot]}
+    if dot is None:
+        dot = dot_of(q.dtype, k.dtype, v.dtype)
+        dot = dot_of_sums(dot) if o.dtype == torch.float32 else dot
+    meta = tiles(K, V, diagonals, dot, is_hopper(v.device))
+    meta |= {"K": K, "V": V, "REVERSE": reverse, **DOTS[dot]}
     meta |= {"LIMIT": LIMITS[dot]} if diagonals else {}
     kernel, decays = (_diagonal_kernel, (g, gk, gv)) if diagonals else (_scalar_kernel, (g,))
     programs = N * H * triton.cdiv(V, meta["BV"])

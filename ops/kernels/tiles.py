@@ -21,6 +21,15 @@ def dot_of(*dtypes: torch.dtype) -> str:
     return "bf16" if set(dtypes) == {torch.bfloat16} else "tf32"
 
 
+def dot_of_sums(dot: str) -> str:
+    """What they are where a decay's gradient adds the results up over all tokens.
+
+    The terms of that sum cancel. Rounding to bf16 does not: it left 10 % of the gradient wrong
+    after 1,000 tokens, tf32 1 %.
+    """
+    return "tf32" if dot == "bf16" else dot
+
+
 @triton.jit
 def _sequence(cu_seqlens, n, T):
     """First token and number of tokens of sequence n."""

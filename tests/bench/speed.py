@@ -19,7 +19,6 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -103,8 +102,9 @@ def rwkv6_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Any:
 
 
 def rwkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Any:
-    mixer: Any = SimpleNamespace(scale=1.0)
-    return MIXERS["rwkv6"].mix(mixer, (r, k, v, w), None, None)
+    mixer: Any = object.__new__(MIXERS["rwkv6"])
+    mixer.__dict__["scale"] = 1.0
+    return mixer.mix((r, k, v, w), None, None)
 
 
 def by_head(f: Callable[..., Any]) -> Callable[..., Any]:
