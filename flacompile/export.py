@@ -83,8 +83,9 @@ def export(
         progress: called with a word at the start of each of the STAGES.
 
     Returns:
-        The largest relative errors of the gate, the shapes of the states at B = 1, device and
-        torch version. All but the errors are also the metadata of the package.
+        The largest relative errors of the gate; shapes at B = 1 and dtypes of the states, and the
+        index of the one that counts tokens; the most tokens of a sequence (``context``, None for
+        any number); vocabulary, device, versions. All but the errors are also the metadata.
 
     Raises:
         ValueError: not a converted model, softmax layers were kept, or the gate failed.
@@ -102,6 +103,9 @@ def export(
         device = next(model.parameters()).device.type
         facts: dict[str, Any] = {
             "state_shapes": [[1, *x.shape[1:]] for x in states],
+            "state_dtypes": [str(x.dtype).removeprefix("torch.") for x in states],
+            "position": _position(states),
+            "context": _context(model),
             "vocabulary": config.vocab_size,
             "device": device,
             "torch": torch.__version__,
@@ -148,6 +152,19 @@ def _trace(model: nn.Module) -> dict[str, ExportedProgram]:
         dynamic_shapes=(batch, tuple(batch for _ in states)),
     )
     return {"prefill": decompose(prefill), "decode": decompose(decode)}
+
+
+def _position(states: Sequence[Tensor]) -> int:
+    """The first state that is [B] int64: the number of tokens seen."""
+    return next(i for i, x in enumerate(states) if x.dtype == torch.int64 and x.ndim == 1)
+
+
+def _context(model: nn.Module) -> int | None:
+    """The length of a table of learned positions: nothing else bounds a sequence."""
+    tokens = model.get_input_embeddings()  # type: ignore[operator]
+    learned = any(isinstance(m, nn.Embedding) and m is not tokens for m in model.modules())
+    config: Any = model.config
+    return config.max_position_embeddings if learned else None
 
 
 def _check(model: nn.Module, path: Path) -> None:
