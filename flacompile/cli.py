@@ -1,4 +1,4 @@
-"""The command line: ``flacompile convert | distill | export | generate``."""
+"""The command line: ``flacompile convert | distill | eval | export | generate``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 
 import flacompile
 from flacompile.distill import Recipe, Stage
+from flacompile.evaluate import Suite
+from flacompile.evaluate.page import markdown
 from flacompile.export import STAGES
 from flacompile.keep import Keep
 from flacompile.layers import MIXERS
@@ -59,6 +61,19 @@ def parser() -> argparse.ArgumentParser:
     distill.add_argument("--logits-steps", type=int, default=300, help="default: %(default)s")
     distill.add_argument("--batch-size", type=int, default=16, help="rows; default: %(default)s")
     distill.add_argument("--length", type=int, default=128, help="tokens a row; %(default)s")
+
+    evaluate = add("eval", "Measure a model on text, its teacher beside it: loss, recall, speed.")
+    evaluate.add_argument("model", help="a folder written by convert or distill, or any other")
+    evaluate.add_argument("data", help="UTF-8 text that it was not trained on")
+    evaluate.add_argument("--teacher", help="what it was converted from: a folder or a .gguf file")
+    evaluate.add_argument("--out", type=Path, help="folder for eval.json, eval.md and eval.png")
+    evaluate.add_argument("--length", type=int, default=512, help="tokens a row; %(default)s")
+    evaluate.add_argument(
+        "--tokens", type=int, default=16_384, help="of the text that are scored; %(default)s"
+    )
+    evaluate.add_argument("--tasks", default="", help="of lm-eval, such as lambada_openai,arc_easy")
+    evaluate.add_argument("--task-limit", type=int, help="examples of a task; default all")
+    evaluate.add_argument("--device", default="cpu", help="default: %(default)s")
 
     export = add("export", "Write a converted model as one .pt2 package that needs no Python.")
     export.add_argument("model", type=Path, help="a folder written by convert or distill")
@@ -144,6 +159,8 @@ def run(options: argparse.Namespace) -> None:
         model.save_pretrained(options.out)
         tokenizer.save_pretrained(options.out)
         print(f"wrote {options.out}")
+    elif options.command == "eval":
+        print(_evaluate(options))
     elif options.command == "export":
         with export_progress() as progress:
             facts = flacompile.export(
@@ -164,6 +181,26 @@ def _distill(model: Any, tokenizer: Any, options: argparse.Namespace) -> str:
     )
     flacompile.distill(model, options.data, recipe, tokenizer=tokenizer, out=options.out)
     return (options.out / "distill.md").read_text()
+
+
+def _evaluate(options: argparse.Namespace) -> str:
+    model, tokenizer = read_model(options.model)
+    teacher = None if options.teacher is None else read_model(options.teacher)[0]
+    suite = Suite(
+        length=options.length,
+        tokens=options.tokens,
+        tasks=tuple(name for name in options.tasks.split(",") if name),
+        task_limit=options.task_limit,
+    )
+    evaluation = flacompile.evaluate(
+        model.to(options.device),
+        options.data,
+        suite,
+        teacher=teacher and teacher.to(options.device),
+        tokenizer=tokenizer,
+        out=options.out,
+    )
+    return markdown(evaluation)
 
 
 def _generate(options: argparse.Namespace) -> str:

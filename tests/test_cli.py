@@ -59,4 +59,4 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"{verb} " in shown for verb in ("convert", "distill", "export", "generate"))
+    assert all(f"{verb} " in shown for verb in ("convert", "distill", "eval", "export", "generate"))
