@@ -138,7 +138,7 @@ def convert(
         linear = issubclass(cls, RecurrentMixer)
         expect(linear, "window", "None where mixer is no linear one", f"{window} and {mixer!r}")
     if isinstance(model, nn.Module):
-        _check_model(model)
+        _check_not_converted(model)
     args, kwargs = _call_of(example_inputs)
     if isinstance(model, ExportedProgram) and model.example_inputs and example_inputs is None:
         args, kwargs = model.example_inputs
@@ -156,23 +156,13 @@ def convert(
     return model
 
 
-def _check_model(model: nn.Module) -> None:
-    """Raises for a model whose weights cannot be read, copied and traced as they are."""
+def _check_not_converted(model: nn.Module) -> None:
     done = list(swapped(model))
     if done:
         raise ValueError(
             f"model: expected one that is not converted, got one with {len(done)} attentions "
             f"converted ({', '.join(done[:3])}); flacompile.unconvert puts them back first"
         )
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"model: expected weights that are loaded, got {name} on meta")
-        kind = type(parameter)
-        if kind is not nn.Parameter or parameter.dtype.itemsize < 2:
-            raise ValueError(
-                f"model: expected plain floating-point weights, got {name} as {kind.__name__} of "
-                f"{parameter.dtype}; convert before sharding or quantising"
-            )
 
 
 def _convert(

@@ -86,8 +86,9 @@ def running_gradient(change: Tensor, end: Tensor, g: Tensor, cu_seqlens: Tensor 
     """``decay_gradient`` of a change [B, T, H, X or 1]."""
     if g.ndim == 3:
         change, end = change.sum(-1, keepdim=True), end.sum(-1, keepdim=True)
-    # PyTorch's running sums over the last dim use all of a GPU, over others they do not.
-    total = change.to(end.dtype).movedim(1, -1).contiguous().cumsum(-1).movedim(-1, 1)
+    # The terms cancel, so the sum is one of fp64. PyTorch's running sums over the last dim use all
+    # of a GPU, over others they do not.
+    total = change.double().movedim(1, -1).contiguous().cumsum(-1).movedim(-1, 1)
     if cu_seqlens is None:
         rest = total[:, -1:] - total + change if g.shape[1] else total
         dg = rest + end[:, None]
@@ -96,4 +97,4 @@ def running_gradient(change: Tensor, end: Tensor, g: Tensor, cu_seqlens: Tensor 
         sequence = torch.searchsorted(cu_seqlens, time, right=True) - 1
         last = (cu_seqlens[1:] - 1)[sequence]
         dg = total[:, last] - total + change + end[sequence]
-    return dg.reshape(g.shape)
+    return dg.reshape(g.shape).to(end.dtype).contiguous()

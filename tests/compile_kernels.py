@@ -103,27 +103,33 @@ def selective_scan_variants():
 
 
 def dplr_variants():
-    """A sweep forward, and one back in time over a pack, with one write or two, for each decay."""
-    for (K, V), decay, dtype in product(SHAPES, ("g", "gk"), DTYPES):
-        for writes, reverse in product((1, 2), (False, True)):
-            dot = DTYPES[dtype]
-            types = dict.fromkeys("abuo", f"*{dtype}") | {decay: "*fp32", "scale": "fp32"}
-            types |= dict.fromkeys(("state", "final_state"), "*fp32")
-            types |= dict.fromkeys(("T", "H", "N", "CHUNKS"), "i32")
-            kept = "*bf16" if dot == "bf16" else "*fp32"
-            has_q, has_k = writes == 2 or not reverse, writes == 2 or reverse
-            types |= {"X": kept} | ({"q": f"*{dtype}", "QU": kept} if has_q else {})
-            types |= {"k": f"*{dtype}", "v": f"*{dtype}", "XV": kept} if has_k else {}
-            types |= {"QV": kept} if has_q and has_k else {}
-            types |= {"c": f"*{dtype}"} if writes == 1 and not reverse else {}
-            if reverse:
-                types |= dict.fromkeys(("cu_seqlens", "sequences", "places"), "*i64")
-            constants = {"K": K, "V": V, "REVERSE": reverse, "LIMIT": tiles.LIMITS[dot]}
-            constants |= dplr.tiles(K, V, dot, 128) | tiles.DOTS[dot]
-            back = ", reverse" if reverse else ""
-            for kernel in ("inside", "sweep"):
-                name = f"dplr {kernel}, {decay}, {writes} writes{back}, {dtype}, {K}x{V}"
-                yield Variant(name, getattr(dplr, f"_{kernel}_kernel"), types, constants)
+    """Everything at the most common shape; at the others the widest sweep once a dtype."""
+    for decay, dtype, writes, reverse in product(("g", "gk"), DTYPES, (1, 2), (False, True)):
+        yield from dplr_variant(decay, dtype, *SHAPES[0], writes, reverse)
+    for (K, V), dtype in product(SHAPES[1:], DTYPES):
+        yield from dplr_variant("gk", dtype, K, V, 2, False)
+
+
+def dplr_variant(decay, dtype, K, V, writes, reverse):
+    """Both kernels of a sweep with one write or two; back in time it is of a pack."""
+    dot = DTYPES[dtype]
+    types = dict.fromkeys("abuo", f"*{dtype}") | {decay: "*fp32", "scale": "fp32"}
+    types |= dict.fromkeys(("state", "final_state"), "*fp32")
+    types |= dict.fromkeys(("T", "H", "N", "CHUNKS"), "i32")
+    kept = "*bf16" if dot == "bf16" else "*fp32"
+    has_q, has_k = writes == 2 or not reverse, writes == 2 or reverse
+    types |= {"X": kept} | ({"q": f"*{dtype}", "QU": kept} if has_q else {})
+    types |= {"k": f"*{dtype}", "v": f"*{dtype}", "XV": kept} if has_k else {}
+    types |= {"QV": kept} if has_q and has_k else {}
+    types |= {"c": f"*{dtype}"} if writes == 1 and not reverse else {}
+    if reverse:
+        types |= dict.fromkeys(("cu_seqlens", "sequences", "places"), "*i64")
+    constants = {"K": K, "V": V, "REVERSE": reverse, "LIMIT": tiles.LIMITS[dot]}
+    constants |= dplr.tiles(K, V, dot, 128) | tiles.DOTS[dot]
+    back = ", reverse" if reverse else ""
+    for kernel in ("inside", "sweep"):
+        name = f"dplr {kernel}, {decay}, {writes} writes{back}, {dtype}, {K}x{V}"
+        yield Variant(name, getattr(dplr, f"_{kernel}_kernel"), types, constants)
 
 
 VARIANTS = (

@@ -329,9 +329,9 @@ def sharded(model):
 
 
 UNFIT = {
-    "meta": (on_meta, "expected weights that are loaded, got model.embed_tokens.weight on meta"),
-    "quantised": (quantised, "plain floating-point weights, got .*convert before .*quantising"),
-    "sharded": (sharded, "plain floating-point weights, got .* as DTensor .*before sharding"),
+    "meta": (on_meta, "weights in memory, got model.embed_tokens.weight on the meta device"),
+    "quantised": (quantised, "plain floating-point weights, got .*convert before quantising"),
+    "sharded": (sharded, "plain floating-point weights, got DTensor in .*or sharding"),
 }
 
 

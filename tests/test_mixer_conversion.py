@@ -16,7 +16,8 @@ def site(**changes):
     rotary = {"inv_freq": HALVES.inv_freq, "interleaved": False, "factor": 1.0}
     fields = {
         "num_heads": 4, "num_kv_heads": 2, "head_dim": 12, "hidden_size": WIDTH, "scale": 0.4,
-        "rotary": SimpleNamespace(**rotary), "q_norm": None, "k_norm": None, "window": None,
+        "rotary": SimpleNamespace(**rotary), "q_norm": None, "k_norm": None,
+        "window": None, "softcap": None,
         **{name: SimpleNamespace(bias_fqn=f"{name}.bias") for name in "qkvo"},
     }  # fmt: skip
     return SimpleNamespace(**(fields | changes))

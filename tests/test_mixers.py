@@ -88,7 +88,10 @@ def test_textbook(name, fields):
 
 @pytest.mark.parametrize(("name", "fields"), [c for c in CASES if c.values[0] not in ROUNDED])
 def test_textbook_fp32(name, fields):
-    """As near to the loop in float64 as the loop in fp32 is, within a factor of two."""
+    """As near to the loop in float64 as the loop in fp32 is, within a factor of two.
+
+    A closed form's gradient of a decay is a sum whose terms cancel, hence the last term.
+    """
     exact, mixer = build(name, fields), build(name, fields, torch.float32)
     x, loop = draw(2, 21, torch.float32), TEXTBOOK[name]
     exact.load_state_dict(mixer.state_dict())
@@ -96,7 +99,7 @@ def test_textbook_fp32(name, fields):
     same = values_and_gradients(lambda x: loop(mixer, x), mixer, x)
     want = values_and_gradients(lambda x: loop(exact, x), exact, x.double())
     for a, b, c in zip(got, same, want, strict=True):
-        assert (a - c).norm() <= 2 * (b - c).norm() + 1e-5 * (1 + c.norm())
+        assert (a - c).norm() <= 2 * (b - c).norm() + 2e-5 * (1 + c.norm())
 
 
 @over_cases
