@@ -54,6 +54,7 @@ def decayed_prefix(z: Tensor, g: Tensor, start: Tensor, levels: int) -> tuple[Te
     g = F.pad(g, (0, short)).unflatten(-1, (folds, FANOUT))
     inside = segment_sums(g).exp() @ z  # [..., folds, FANOUT, Y]
     before, last = decayed_prefix(inside[..., -1, :], g.sum(-1), start, levels - 1)
-    reach = F.pad(g, (1, -1)).cumsum(-1).exp()  # decay from the fold's start to before entry i
-    states = F.pad(inside, (0, 0, 1, -1)) + reach[..., None] * before[..., None, :]
+    # decay from the fold's start to before entry i
+    reach = F.pad(g[..., :-1], (1, 0)).cumsum(-1).exp()
+    states = F.pad(inside[..., :-1, :], (0, 0, 1, 0)) + reach[..., None] * before[..., None, :]
     return states.flatten(-3, -2)[..., :n, :], last
