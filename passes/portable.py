@@ -23,7 +23,9 @@ def portable_table() -> dict[Any, Callable[..., Any]]:
 
 def portable(program: ExportedProgram) -> ExportedProgram:
     """Opens the operations of a program, decomposed before, that other runtimes lack."""
-    return program.run_decompositions(portable_table())
+    table = portable_table()
+    has_any = any(node.target in table for node in program.graph.nodes)
+    return program.run_decompositions(table) if has_any else program
 
 
 def running_max(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -50,7 +52,7 @@ def solve_unit_lower(
             f"unitriangular={unitriangular}"
         )
     index = torch.arange(A.shape[-1], device=A.device)
-    inverse = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    inverse = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
     span = 1
     while span < A.shape[-1]:
         block = index // span
