@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,9 +76,13 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--task-limit", type=int, help="examples of a task; default all")
     evaluate.add_argument("--device", default="cpu", help="default: %(default)s")
 
-    export = add("export", "Write a converted model as one .pt2 package that needs no Python.")
+    export = add("export", "Write a model as one .pt2 package that needs no Python.")
     export.add_argument("model", type=Path, help="a folder written by convert or distill")
     export.add_argument("package", type=Path, help="the .pt2 file to write")
+    export.add_argument(
+        "--max-length", type=int, metavar="TOKENS",
+        help="most tokens of a sequence; needed where softmax layers are left",
+    )  # fmt: skip
 
     generate = add("generate", "Continue a prompt, greedily, by a converted model or a package.")
     generate.add_argument("model", type=Path, help="a converted model's folder, or a .pt2 package")
@@ -137,7 +142,12 @@ def generate_from_package(package: Path, ids: list[int], tokens: int) -> list[in
     from torch._inductor.package import load_package
 
     prefill, decode = (load_package(str(package), model_name=n) for n in ("prefill", "decode"))
-    logits, *states = prefill(torch.tensor([ids]))
+    shapes, dtypes = (
+        json.loads(prefill.get_metadata()[f"state_{name}"]) for name in ("shapes", "dtypes")
+    )
+    pairs = zip(shapes, dtypes, strict=True)
+    states = [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in pairs]
+    logits, *states = prefill(torch.tensor([ids]), tuple(states))
     for i in range(tokens):
         ids = [*ids, int(logits.argmax(-1))]
         if i + 1 < tokens:
@@ -164,8 +174,9 @@ def run(options: argparse.Namespace) -> None:
     elif options.command == "export":
         with export_progress() as progress:
             facts = flacompile.export(
-                flacompile.load(options.model), options.package, progress=progress
-            )
+                flacompile.load(options.model), options.package, max_length=options.max_length,
+                tokenizer=str(options.model), progress=progress,
+            )  # fmt: skip
         print(f"wrote {options.package}: largest relative errors {facts['errors']}")
     else:
         print(_generate(options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,14 +128,14 @@ def state_layer(cache: Any, index: int) -> Any:
 
 
 def run_with_states(
-    model: nn.Module, ids: Tensor, position: Tensor, states: list[Any] | None
+    model: nn.Module, ids: Tensor, position: Tensor, states: list[Any]
 ) -> tuple[Tensor, list[Any]]:
-    """Runs a converted model from explicit states, for export.
+    """Runs a causal language model from explicit states, one a layer, for export.
 
     Args:
-        ids: [B, T].
-        position: [B or 1, T], of each token.
-        states: one a layer, None to start.
+        ids: [B, T], none of it padding.
+        position: [B, T], of each token.
+        states: of the mixers, in the order of the cache.
 
     Returns:
         logits of the last token [B, vocabulary] and the states after it.
@@ -143,16 +144,12 @@ def run_with_states(
 
     from flacompile.hf_cache import StateLayer
 
-    config: Any = model.config
-    count = config.num_hidden_layers
-    slots = [StateLayer(None if states is None else states[i]) for i in range(count)]
-    output = model(
-        input_ids=ids,
-        position_ids=position.expand(ids.shape),
-        past_key_values=Cache(layers=slots),  # type: ignore[arg-type]
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    slots = [StateLayer(state) for state in states]
+    options: dict[str, Any] = {"past_key_values": Cache(layers=slots), "use_cache": True}  # type: ignore[arg-type]
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        # Mixers read no mask; one of four dimensions is taken as it is, and none is computed.
+        options |= {"position_ids": position, "attention_mask": ids.new_ones(1, 1, 1, 1).bool()}
+    output = model(input_ids=ids, logits_to_keep=1, **options)
     return output.logits[:, -1], [slot.state for slot in slots]
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import VOCAB, llama
-from torch._inductor.package import load_package
+from models import MODELS, VOCAB, llama
 
 import flacompile
+from flacompile.export.gate import compare, load_programs, references
+from flacompile.export.programs import Step, all_mixers
 
 pytestmark = pytest.mark.xdist_group("export")  # its fixtures are long in the making
 
@@ -22,9 +23,9 @@ PROMPT, TOKENS = [3, 1, 4, 1, 5, 9, 2, 6], 12
 
 
 def converted(mixer="simple_gla", **options):
-    """A two-layer Llama with grouped keys and room for long prompts, as simple GLA."""
+    """A two-layer Llama with grouped keys: a mixer, and softmax over keys kept in room for 1200."""
     case = llama(max_position_embeddings=8192)()
-    return flacompile.convert(case.model, mixer=mixer, **options)
+    return flacompile.convert(case.model, mixer=mixer, **({"keep": [1]} | options))
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +37,16 @@ def model():
 def package(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("package") / "model.pt2"
     stages = []
-    facts = flacompile.export(model, path, progress=stages.append)
+    facts = flacompile.export(model, path, max_length=1200, progress=stages.append)
     assert tuple(stages) == exporting.STAGES
     assert max(facts["errors"].values()) < 1e-5
     assert [p.name for p in path.parent.iterdir()] == ["model.pt2"]  # nothing partial is left
     return path
+
+
+@pytest.fixture(scope="module")
+def programs(package):
+    return load_programs(package)
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +56,45 @@ def greedy(model):
     return output[0].tolist()
 
 
+def begin(programs, batch):
+    """The empty states, as the metadata describes them."""
+    facts = programs["decode"].get_metadata()
+    shapes, dtypes = (json.loads(facts[f"state_{name}"]) for name in ("shapes", "dtypes"))
+    pairs = zip(shapes, dtypes, strict=True)
+    return [torch.zeros(batch, *shape[1:], dtype=getattr(torch, name)) for shape, name in pairs]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 3])
-@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 200, 1023, 1024, 1025, 2049, 5000])
-def test_values_at_any_shape(model, package, batch, time):
-    prefill, decode = load_package(str(package), "prefill"), load_package(str(package), "decode")
-    ids = torch.randint(VOCAB, (batch, time + 2), generator=torch.Generator().manual_seed(time))
-    logits, *states = prefill(ids[:, :-2].contiguous())
+def test_values_at_any_shape(model, programs, batch):
+    lengths = (1, 2, 63, 64, 65, 200, 1023, 1024, 1025)
+    cases = references(model, lengths, 1200)
+    cases = [case._replace(ids=case.ids[:1].repeat(batch, 1)) for case in cases]
+    cases = [case._replace(logits=case.logits[:1].repeat(batch, 1, 1)) for case in cases]
+    errors = compare(programs, lambda batch: begin(programs, batch), cases)
+    assert max(errors.values()) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_long_prompt_goes_in_by_pieces(model, programs):
+    ids = torch.randint(VOCAB, (2, 1100), generator=torch.Generator().manual_seed(5))
+    states = begin(programs, 2)
+    for piece in ids.split(97, 1):
+        logits, *states = programs["prefill"](piece.contiguous(), tuple(states))
     with torch.no_grad():
-        want = model(ids, use_cache=False).logits
-    torch.testing.assert_close(logits, want[:, -3], rtol=1e-4, atol=1e-5)
-    for i in (-2, -1):
-        logits, *states = decode(ids[:, i : i + 1 or None].contiguous(), tuple(states))
-        torch.testing.assert_close(logits, want[:, i], rtol=1e-4, atol=1e-5)
+        want = model(ids, use_cache=False).logits[:, -1]
+    torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_metadata(model, programs):
+    for program in programs.values():
+        facts = program.get_metadata()
+        assert json.loads(facts["config"])["hidden_size"] == model.config.hidden_size
+        names, dtypes = json.loads(facts["state_names"]), json.loads(facts["state_dtypes"])
+        assert {"0.recurrent.0", "0.conv.2", "1.cached.0"} < set(names)
+        assert dtypes[json.loads(facts["position"])] == "int64"
+        assert json.loads(facts["context"]) == 1200 and json.loads(facts["device"]) == "cpu"
 
 
 @pytest.mark.slow
@@ -82,7 +114,7 @@ def test_runs_where_flacompile_cannot_be_imported(package, greedy):
 @pytest.mark.skipif(shutil.which("c++") is None, reason="a C++ compiler is missing")
 def test_runs_from_cpp(package, greedy, tmp_path):
     source = EXAMPLES / "cpp"
-    assert len((source / "generate.cpp").read_text().splitlines()) <= 80
+    assert len((source / "generate.cpp").read_text().splitlines()) <= 100
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
     for command in (
         ["cmake", "-S", str(source), "-B", str(tmp_path), "-DCMAKE_BUILD_TYPE=Release", prefix],
@@ -97,25 +129,34 @@ def test_runs_from_cpp(package, greedy, tmp_path):
     assert wrong.returncode == 2 and f"expected 0 to {VOCAB - 1}, got {VOCAB}" in wrong.stderr
 
 
-@pytest.mark.slow
-def test_the_gate_sees_wrong_values(model, package):
-    other = converted()
-    with torch.no_grad():
-        other.model.layers[1].self_attn.mixer.o_proj.weight.mul_(1.01)
-        with pytest.raises(ValueError, match="package: expected the model's values within"):
-            exporting._gate(other.eval(), package, (65,))
+@torch.no_grad()
+def test_the_gate_sees_wrong_values():
+    model = flacompile.finalize(converted(keep=[])).eval()
+    cases = references(model, (65,), None)
+    model.model.layers[1].self_attn.mixer.o_proj.weight.mul_(1.01)
+    with all_mixers(model), pytest.raises(ValueError, match="expected the model's values within"):
+        step = Step(model, None)
+        compare({"prefill": step, "decode": step}, step.begin, cases)
 
 
 def test_refusals(tmp_path):
-    path = tmp_path / "model.pt2"
-    plain = llama()().model
+    path, room = tmp_path / "model.pt2", {"max_length": 100}
+    case = MODELS["handwritten"]().model
+    backbone = converted().model
     cases = [
-        (plain, path, "model: expected one that flacompile.convert converted"),
-        (converted(keep=[0]), path, "1 softmax layers kept"),
-        (converted(mixer="attn"), path, "expected linear mixers.*got Attention in model.layers.0"),
-        (converted(), tmp_path / "model.so", "path: expected a name that ends in .pt2"),
+        (case, path, {}, "model: expected a causal language model of transformers, got GPT"),
+        (backbone, path, room, "model: expected one with a language model's head, got Llama"),
+        (
+            converted(),
+            path,
+            {},
+            "max_length: expected a number of tokens, as Attention keeps every",
+        ),
+        (converted(), path, {"max_length": 1}, "max_length: expected a number of tokens, at least"),
+        (converted(), path, room | {"lengths": [100]}, "lengths: expected one below the 100 token"),
+        (converted(), tmp_path / "model.so", {}, "path: expected a name that ends in .pt2"),
     ]
-    for model, where, message in cases:
+    for model, where, options, message in cases:
         with pytest.raises(ValueError, match=message):
-            flacompile.export(model, where)
+            flacompile.export(model, where, **options)
     assert not list(tmp_path.iterdir())

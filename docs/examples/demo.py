@@ -35,7 +35,9 @@ import torch
 from torch._inductor.package import load_package
 path, ids, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 prefill, decode = load_package(path, "prefill"), load_package(path, "decode")
-logits, *states = prefill(torch.tensor([ids]))
+shapes, dtypes = (json.loads(prefill.get_metadata()["state_" + x]) for x in ("shapes", "dtypes"))
+states = tuple(torch.zeros(x, dtype=getattr(torch, d)) for x, d in zip(shapes, dtypes))
+logits, *states = prefill(torch.tensor([ids]), states)
 start = time.perf_counter()
 for i in range(count):
     ids.append(int(logits.argmax(-1)))

@@ -3,13 +3,14 @@
     o_t = a function of q_t and of what is kept of the tokens s <= t, s > t - window
 
 What is kept grows by the tokens of each call; with a window it is always that of as many tokens as
-the window has, the earliest of which may be empty.
+the window has, the earliest of which may be empty. A state with room for a given number of tokens
+does not grow either: it is written to in place.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,16 @@ class AttentionState(NamedTuple):
 
     cached: tuple[Tensor, ...]
     valid: Tensor
+    position: Tensor
+
+
+class RoomState(NamedTuple):
+    """What is kept of each token, in room for S of them, and the number of tokens seen.
+
+    cached, tensors [N, S, ...], of which the first ``position`` are filled; position [N] int64.
+    """
+
+    cached: tuple[Tensor, ...]
     position: Tensor
 
 
@@ -64,10 +75,13 @@ class CachedMixer(Mixer):
         return self.mix(q, cached, mask)
 
     def sequence(
-        self, x: Tensor, state: AttentionState | None, tokens: Tokens
-    ) -> tuple[Tensor, AttentionState]:
+        self, x: Tensor, state: AttentionState | RoomState | None, tokens: Tokens
+    ) -> tuple[Tensor, AttentionState | RoomState]:
         q, new = self.project(x, tokens)
-        if self.window_size is None:
+        if isinstance(state, RoomState):
+            kept, sees = _fill(state, new, tokens)
+            o, next_state = self.mix(q, kept, sees), RoomState(kept, tokens.end)
+        elif self.window_size is None:
             o = self.mix(q, _with_past(state, new), _mask(state, tokens))
             next_state = _longer(state, new, tokens)
         else:
@@ -76,11 +90,17 @@ class CachedMixer(Mixer):
             next_state = AttentionState(*kept, tokens.end)
         return self.output_layer(o.flatten(2)), next_state
 
-    def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+    def step(
+        self, x: Tensor, state: AttentionState | RoomState
+    ) -> tuple[Tensor, AttentionState | RoomState]:
         self.validate_step(x, state)
         x = x[:, None]
         tokens = Tokens.of(x, state.position, None, None)
         q, new = self.project(x, tokens)
+        if isinstance(state, RoomState):
+            filled, sees = _fill(state, new, tokens)
+            o = self.mix_step(q, filled, sees)
+            return self.output_layer(o.flatten(2))[:, 0], RoomState(filled, tokens.end)
         oldest = 0 if self.window_size is None else 1  # leaves the window
         pairs = zip(
             (*state.cached, state.valid), (*new, state.valid.new_ones(x.shape[0], 1)), strict=True
@@ -102,10 +122,37 @@ class CachedMixer(Mixer):
         position = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return AttentionState(cached, valid, position)
 
-    def validate_state(self, state: AttentionState, num_sequences: int) -> None:
-        rows = (num_sequences, state.valid.shape[-1])
-        check_shape("state.valid", state.valid, rows)
-        expect(state.valid.dtype == torch.bool, "state.valid", "torch.bool", state.valid.dtype)
+    def init_room(
+        self, batch_size: int, max_length: int, *, device: torch.device | None = None
+    ) -> RoomState:
+        """As ``init_state``, with room for ``max_length`` tokens, in which a call writes in place.
+
+        For rows without padding. What is given to a call is spent: only its result is a state.
+        """
+        expect(not self.keeps_size, "max_length", "a mixer without window", self.window_size)
+        weight = next(self.parameters())
+        device = weight.device if device is None else device
+        cached = tuple(
+            torch.zeros(batch_size, max_length, *shape, dtype=weight.dtype, device=device)
+            for shape in self.cached_shapes
+        )
+        return RoomState(cached, torch.zeros(batch_size, dtype=torch.int64, device=device))
+
+    def validate(
+        self, x: Tensor, state: Any, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> None:
+        has_room = isinstance(state, RoomState)
+        super().validate(x, None if has_room else state, mask, cu_seqlens)
+        if has_room:
+            for name, given in (("mask", mask), ("cu_seqlens", cu_seqlens)):
+                expect(given is None, name, "None with a state of a given length", "a tensor")
+            self.validate_state(state, x.shape[0])
+
+    def validate_state(self, state: AttentionState | RoomState, num_sequences: int) -> None:
+        rows = (num_sequences, state.cached[0].shape[1])
+        if isinstance(state, AttentionState):
+            check_shape("state.valid", state.valid, rows)
+            expect(state.valid.dtype == torch.bool, "state.valid", "torch.bool", state.valid.dtype)
         number = len(self.cached_shapes)
         expect(len(state.cached) == number, "state.cached", f"{number} tensors", len(state.cached))
         for i, (part, shape) in enumerate(zip(state.cached, self.cached_shapes, strict=True)):
@@ -146,6 +193,17 @@ def attend(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
     return o.transpose(1, 2)
+
+
+def _fill(
+    state: RoomState, new: tuple[Tensor, ...], tokens: Tokens
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Writes what is kept of these tokens at their places; who sees what, [B, T, S]."""
+    row = torch.arange(tokens.position.shape[0], device=tokens.position.device)[:, None]
+    for old, x in zip(state.cached, new, strict=True):
+        old.index_put_((row, tokens.position), x.to(old.dtype))
+    place = torch.arange(state.cached[0].shape[1], device=row.device)
+    return state.cached, place <= tokens.position[..., None]
 
 
 def _with_past(state: AttentionState | None, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flacompile.blocks import RMSNorm
 from flacompile.hf import state_layer
+from flacompile.layers.base import Mixer
 from flacompile.layers.rwkv7 import RWKV7Attention
 from flacompile.lm.config import Config
 from flacompile.lm.ffn import GatedMLP, feed_forward
@@ -22,6 +24,11 @@ class BlockState(NamedTuple):
 
     mixer: Any
     ffn: Any
+
+    @property
+    def position(self) -> Tensor:
+        """[N] int64, the number of tokens seen."""
+        return self.mixer.position
 
 
 class Places(NamedTuple):
@@ -86,6 +93,13 @@ class Block(GradientCheckpointingLayer):
         if slot is not None:
             slot.put(BlockState(state, ffn_state), x.shape[1])
         return x, v_first
+
+    def init_state(self, batch_size: int, init: Callable[[Mixer, int], Any]) -> BlockState:
+        """Before the first token; ``init`` makes that of a mixer."""
+        mixer: Any = self.get_submodule(self.names.mixer)
+        ffn = getattr(self, self.names.ffn, None)
+        has_state = isinstance(ffn, Mixer)
+        return BlockState(init(mixer, batch_size), init(ffn, batch_size) if has_state else ())
 
     def mix(
         self,

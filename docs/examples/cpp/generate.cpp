@@ -12,6 +12,28 @@
 using torch::inductor::AOTIModelPackageLoader;
 using Clock = std::chrono::steady_clock;
 
+// Zeros for every state of one sequence: "[[1, 4, 8, 8], [1]]" and "[\"float32\", \"int64\"]".
+std::vector<at::Tensor> empty_states(const std::string& shapes, const std::string& dtypes) {
+  std::vector<std::vector<int64_t>> sizes;
+  for (size_t i = 1; (i = shapes.find_first_of("[0123456789", i)) != std::string::npos; ++i) {
+    if (shapes[i] == '[') { sizes.emplace_back(); continue; }
+    size_t length = 0;
+    sizes.back().push_back(std::stoll(shapes.substr(i), &length));
+    i += length - 1;
+  }
+  std::vector<at::Tensor> states;
+  size_t at = 0;
+  for (const auto& size : sizes) {
+    const size_t begin = dtypes.find('"', at) + 1, end = dtypes.find('"', begin);
+    const std::string name = dtypes.substr(begin, end - begin);
+    auto dtype = name == "int64" ? at::kLong : name == "bool" ? at::kBool
+               : name == "bfloat16" ? at::kBFloat16 : at::kFloat;
+    states.push_back(at::zeros(size, dtype));
+    at = end + 1;
+  }
+  return states;
+}
+
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
@@ -38,8 +60,11 @@ int run(int argc, char** argv) {
       return 2;
     }
 
+  auto metadata = prefill.get_metadata();
+  auto inputs = empty_states(metadata.at("state_shapes"), metadata.at("state_dtypes"));
+  inputs.insert(inputs.begin(), prompt);
   auto start = Clock::now();
-  auto outputs = prefill.run({prompt});  // logits [1, vocabulary], then the states
+  auto outputs = prefill.run(inputs);  // logits [1, vocabulary], then the states
   std::cerr << "prefill " << ids.size() / seconds_since(start) << " tokens/s\n";
 
   start = Clock::now();

@@ -1,0 +1,137 @@
+"""A language model as one package that runs without Python: ``flacompile.export``.
+
+The package holds two AOTInductor programs of one signature: ids [B, T] and the states -> logits of
+the last token [B, vocabulary] and the next states. ``prefill`` takes any B and T, ``decode`` any B
+and T = 1. Both continue what the states hold, so that a long prompt goes in by pieces. The states
+are plain tensors in a fixed order, zeros before the first token, and do not grow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._inductor.package import package_aoti
+
+from flacompile import __version__, hf
+from flacompile.export.gate import LENGTHS, compare, load_programs, references
+from flacompile.export.programs import Step, all_mixers, is_own, trace
+from flacompile.files import write_atomically
+from flacompile.ops.validate import expect
+
+STAGES = ("trace", "prefill", "decode", "gate")
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    max_length: int | None = None,
+    tokenizer: str | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    progress: Callable[[str], object] = lambda stage: None,
+) -> dict[str, Any]:
+    """Writes ``path``, a ``.pt2`` package with ``prefill`` and ``decode``.
+
+    Args:
+        model: a causal language model of transformers, converted or not, or of ``flacompile.lm``.
+        path: the package; an existing file is replaced only by a package that passed its gate.
+        max_length: most tokens of a sequence, prompt included, where softmax layers keep them all:
+            each then carries keys and values of that many tokens.
+        tokenizer: where a runner finds it, a folder or a name; default the model's own name.
+        lengths: values of T at which the package is compared with the model; those beyond the
+            room of a sequence are left out.
+        progress: called with a word at the start of each of the STAGES.
+
+    Returns:
+        The metadata of the package (see the page on export), and under ``errors`` the largest
+        relative errors of the gate.
+
+    Raises:
+        ValueError: an attention that cannot be proved, max_length missing, or the gate failed.
+    """
+    path = Path(path)
+    _check(model, path, max_length)
+    model.eval()
+    context = _context(model, max_length)
+    with torch.no_grad():
+        cases = references(model, lengths, context)
+        expect(bool(cases), "lengths", f"one below the {context} tokens of a sequence", lengths)
+        with all_mixers(model):
+            progress("trace")
+            programs = trace(model, max_length)
+            step = Step(model, max_length)
+        facts = _facts(model, step, context, tokenizer)
+        options = {
+            "aot_inductor.package": True,
+            "aot_inductor.metadata": {name: json.dumps(value) for name, value in facts.items()},
+        }
+        files: dict[str, Any] = {}
+        for name, program in programs.items():
+            progress(name)
+            args, kwargs = program.example_inputs  # type: ignore[misc]
+            files[name] = torch._inductor.aot_compile(
+                program.module(), args, kwargs, options=options
+            )
+
+        def write(temporary: Path) -> None:
+            progress("gate")
+            package = temporary.with_suffix(".pt2")  # the packager insists on the suffix
+            try:
+                package_aoti(str(package), files)
+                facts["errors"] = compare(load_programs(package), step.begin, cases)
+                package.rename(temporary)
+            finally:
+                package.unlink(missing_ok=True)
+
+        write_atomically(path, write)
+    return facts
+
+
+def _check(model: nn.Module, path: Path, max_length: int | None) -> None:
+    config: Any = getattr(model, "config", None)
+    known = hf.is_transformers(model) and hasattr(config, "num_hidden_layers")
+    expect(known, "model", "a causal language model of transformers", type(model).__name__)
+    has_head = model.get_output_embeddings() is not None  # type: ignore[operator]
+    expect(has_head, "model", "one with a language model's head", type(model).__name__)
+    expect(path.suffix == ".pt2", "path", "a name that ends in .pt2", path.name)
+    fits = max_length is None or max_length >= 2
+    expect(fits, "max_length", "a number of tokens, at least 2", max_length)
+
+
+def _context(model: nn.Module, max_length: int | None) -> int | None:
+    """Most tokens of a sequence: the room of the states, or of a table of learned positions."""
+    tokens = model.get_input_embeddings()  # type: ignore[operator]
+    learned = any(isinstance(m, nn.Embedding) and m is not tokens for m in model.modules())
+    config: Any = model.config
+    bounds = [max_length, config.max_position_embeddings if learned and not is_own(model) else None]
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _facts(
+    model: nn.Module, step: Step, context: int | None, tokenizer: str | None
+) -> dict[str, Any]:
+    """The metadata."""
+    config: Any = model.config
+    states = step.empty
+    parameter = next(model.parameters())
+    end = getattr(model, "generation_config", config).eos_token_id
+    return {
+        "state_names": step.names,
+        "state_shapes": [list(x.shape) for x in states],
+        "state_dtypes": [str(x.dtype).removeprefix("torch.") for x in states],
+        "position": next(i for i, x in enumerate(states) if x.dtype == torch.int64 and x.ndim == 1),
+        "context": context,
+        "vocabulary": config.vocab_size,
+        "end": [end] if isinstance(end, int) else end or [],
+        "tokenizer": tokenizer or config._name_or_path or None,
+        "config": config.to_dict(),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": parameter.device.type,
+        "torch": torch.__version__,
+        "flacompile": __version__,
+    }
