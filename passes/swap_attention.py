@@ -97,6 +97,7 @@ class SwappedAttention(nn.Module):
         self.original = original
         self.convention = convention
         self.route: Route = "mixer"
+        self.cu_seqlens: Tensor | None = None  # see ``packed``
         self.trained: tuple[nn.Parameter, ...] = ()  # of the original, before it was frozen
 
     # The attention's callers decide these arguments, so this signature is open.
@@ -111,8 +112,15 @@ class SwappedAttention(nn.Module):
         if call.state is not None and call.mask is None and call.x.shape[1] == 1:
             y, state = self.mixer.step(call.x[:, 0], call.state)
             return self.convention.write(call, y[:, None], state)
-        y, state = self.mixer(call.x, call.state, mask=call.mask)
+        y, state = self.mix(call.x, call.state, call.mask)
         return self.convention.write(call, y, state)
+
+    def mix(self, x: Tensor, state: Any = None, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        """What the mixer makes of x [B, T, D]; packed rows, laid end to end, have no padding."""
+        if self.cu_seqlens is None:
+            return self.mixer(x, state, mask=mask)
+        y, state = self.mixer(x.flatten(0, 1)[None], state, cu_seqlens=self.cu_seqlens)
+        return y.view(x.shape), state
 
     def extra_repr(self) -> str:
         return f"route={self.route!r}"
@@ -171,6 +179,24 @@ def routed(model: nn.Module, route: Route) -> Iterator[None]:
     finally:
         for layer, old in before:
             layer.route = old
+
+
+@contextmanager
+def packed(model: nn.Module, cu_seqlens: Tensor | None) -> Iterator[None]:
+    """Inside the block rows are packs of documents, which mixers keep apart.
+
+    Args:
+        cu_seqlens: bounds of the documents in the rows [B, T] laid end to end, [N + 1]; every row
+            begins one. None: rows are sequences.
+    """
+    layers = swapped(model).values()
+    for layer in layers:
+        layer.cu_seqlens = cu_seqlens
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cu_seqlens = None
 
 
 def student_state(model: nn.Module) -> dict[str, Tensor]:

@@ -20,10 +20,10 @@ from models import MODELS, VOCAB, llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flacompile
-from flacompile.distill import Recipe, Stage, objectives, train
-from flacompile.distill.data import batch, read_tokens, split
+from flacompile.data import read
+from flacompile.distill import Recipe, Stage, objectives
 from flacompile.files import write_atomically
-from flacompile.passes.swap_attention import routed, swapped
+from flacompile.passes.swap_attention import routed, student_state, swapped
 
 pytestmark = pytest.mark.xdist_group("distill")  # its fixtures are long in the making
 
@@ -97,7 +97,7 @@ def test_stage_learns(stage, tokenizer, tmp_path):
     recipe = dataclasses.replace(
         LEARN[stage], sequence_length=64, batch_size=8, eval_tokens=512, heldout=0.1
     )
-    tokens = read_tokens(TEACHER / "train.txt", tokenizer)[:20_000]
+    tokens = read(TEACHER / "train.txt", tokenizer).tokens[:20_000].long()
     rows = tokens[-1024:].view(16, 64)
     model = teacher("gla")
     kept = [p.clone() for s in swapped(model).values() for p in s.original.parameters()]
@@ -166,7 +166,7 @@ def whole(tmp_path_factory):
     @functools.cache
     def get(name: str):
         out = tmp_path_factory.mktemp(name)
-        return out, train.student_state(run(out, name))
+        return out, student_state(run(out, name))
 
     return get
 
@@ -194,7 +194,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(call, name, whole, monkeypa
         with log.open("a") as file:
             file.write('{"stage": "al')  # a line torn by the kill
     torch.manual_seed(1)  # another process has another random state
-    got = train.student_state(run(tmp_path / "cut", name))
+    got = student_state(run(tmp_path / "cut", name))
     assert got.keys() == want.keys()
     assert all(v.equal(want[k]) for k, v in got.items())
     steps = [(r["stage"], r["step"], r["loss"]) for r in records(tmp_path / "cut")]
@@ -214,15 +214,15 @@ def test_killed_process_resumes(whole, tmp_path):
         time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    got = train.student_state(run(tmp_path))
+    got = student_state(run(tmp_path))
     assert all(v.equal(whole("llama")[1][k]) for k, v in got.items())
     assert len(records(tmp_path)) == 6
 
 
 def test_finished_run_is_only_read_again(tmp_path):
-    want = train.student_state(run(tmp_path))
+    want = student_state(run(tmp_path))
     log = (tmp_path / "log.jsonl").read_text()
-    got = train.student_state(run(tmp_path))
+    got = student_state(run(tmp_path))
     assert all(v.equal(want[k]) for k, v in got.items())
     assert (tmp_path / "log.jsonl").read_text() == log
 
@@ -265,7 +265,7 @@ def test_checkpoint_of_another_run(tmp_path):
 DATA = {
     "no file": ("missing.txt", None, "data: expected a text file, got .*missing.txt"),
     "a folder": (".", None, "data: expected a text file"),
-    "binary": ("a.bin", b"\xff\xfe\x00\x80", "data: expected UTF-8 text in .*a.bin"),
+    "binary": ("a.txt", b"\xff\xfe\x00\x80", "data: expected UTF-8 text in .*a.txt"),
     "too short": ("a.txt", b"Two words", "data: expected at least 16 train tokens"),
     "empty": ("a.txt", b"\n", "data: expected text in .*a.txt"),
 }
@@ -321,23 +321,6 @@ def test_diverging_run_stops(tmp_path):
     with pytest.raises(ValueError, match="align: expected a finite loss, got nan at step 0"):
         flacompile.distill(model, stream(), TINY, out=tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
-
-
-def test_paragraphs_begin_with_bos(tokenizer, tmp_path):
-    (tmp_path / "a.txt").write_text("One.\n\n\n\nTwo words.\n")
-    got = read_tokens(tmp_path / "a.txt", tokenizer)
-    parts = tokenizer(["One.", "Two words."], add_special_tokens=False)["input_ids"]
-    assert got.tolist() == [t for p in parts for t in [tokenizer.bos_token_id, *p]]
-
-
-def test_batches_are_windows_fixed_by_step_and_seed():
-    tokens = torch.arange(100)
-    got = batch(tokens, 3, 4, 10, 0)
-    assert got.equal(batch(tokens, 3, 4, 10, 0))
-    assert (got.diff() == 1).all() and got.max() < 100
-    assert not got.equal(batch(tokens, 4, 4, 10, 0)) and not got.equal(batch(tokens, 3, 4, 10, 1))
-    parts = split(tokens, 0.2, 10)
-    assert parts.train.equal(tokens[:80]) and parts.heldout.equal(tokens[80:])
 
 
 def test_teacher_pass_and_student_pass_share_nothing():

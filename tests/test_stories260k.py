@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import flacompile
+from flacompile.data import read
 from flacompile.distill import Recipe, Stage
-from flacompile.distill.data import read_tokens
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 FILES = (
@@ -48,7 +48,7 @@ def nll(model: torch.nn.Module, rows: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def validation(tokenizer):
-    tokens = read_tokens(DATA / "tinystories_val_794k.txt", tokenizer)
+    tokens = read(DATA / "tinystories_val_794k.txt", tokenizer).tokens.long()
     return tokens[: ROWS * TIME].view(ROWS, TIME)
 
 
@@ -60,7 +60,7 @@ def test_teacher_is_read_correctly(teacher, validation):
 def test_student_closes_nine_tenths_of_the_gap(teacher, tokenizer, validation, mixer, tmp_path):
     from flacompile.passes.swap_attention import routed
 
-    tokens = read_tokens(DATA / "tinystories_train_head_944k.txt", tokenizer)
+    tokens = read(DATA / "tinystories_train_head_944k.txt", tokenizer).tokens.long()
     upper = nll(teacher, validation)
     model = flacompile.convert(
         teacher, mixer, calibration=list(tokens[: 32 * TIME].view(4, 8, TIME))

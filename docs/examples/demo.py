@@ -20,8 +20,8 @@ import torch
 
 import flacompile
 from flacompile.cli import export_progress, read_model
+from flacompile.data import read
 from flacompile.distill import Metrics, Recipe, Stage, report
-from flacompile.distill.data import read_tokens, rows
 from flacompile.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +122,7 @@ def main() -> None:
     samples = {"teacher": sample(model, tokenizer, prompt, tokens)}
 
     recipe = recipe_of(options.teacher, options.minutes)
-    calibration = rows(read_tokens(text, tokenizer)[:512], 512, 128)
+    calibration = read(text, tokenizer).rows(512, 128)
     flacompile.convert(model, mixer=options.mixer, calibration=[calibration])
     converted = flacompile.report(model)
     note("converted", f"{len(converted.layers)} attentions to {options.mixer}")

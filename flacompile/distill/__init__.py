@@ -7,43 +7,62 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from flacompile.distill import data as tokens_of
-from flacompile.distill import objectives, report, train
+from flacompile.data import Corpus, Reader, Reading, Source, read
+from flacompile.distill import checkpoint, report
+from flacompile.distill.checkpoint import Run
 from flacompile.distill.metrics import Metrics, Score, score
-from flacompile.distill.recipe import Recipe, Stage
-from flacompile.distill.train import Run
-from flacompile.passes.swap_attention import Route, routed, swapped
+from flacompile.distill.optimizer import make_optimizer
+from flacompile.distill.prepare import autocast, for_stage, fp32_weights, untied
+from flacompile.distill.recipe import PRESETS, STAGES, Recipe, Stage
+from flacompile.distill.recipe_file import read_recipe, write_recipe
+from flacompile.distill.stages import make_objective
+from flacompile.distill.train import fit
+from flacompile.passes.swap_attention import Route, swapped
 
-__all__ = ["Metrics", "Recipe", "Score", "Stage", "distill", "score"]
+__all__ = [
+    "PRESETS",
+    "Metrics",
+    "Reading",
+    "Recipe",
+    "Score",
+    "Stage",
+    "distill",
+    "read_recipe",
+    "score",
+    "write_recipe",
+]
 
 
 def distill(
     model: nn.Module,
-    data: str | Path | Tensor,
+    data: Source,
     recipe: Recipe | None = None,
     *,
     tokenizer: Any = None,
     out: str | Path = "out/distill",
+    tensorboard: bool = False,
 ) -> Metrics:
-    """Trains a converted model, in place, to be its teacher: aligns its mixers, then its logits.
+    """Trains a converted model, in place, to be its teacher: its mixers, then its logits.
 
     Align: every mixer sees its attention's own input and learns its output, relative squared
     error, all layers in one teacher pass. Logits: the model learns the teacher's next-token
-    distribution, forward KL. The teacher is the attention that ``convert`` kept aside.
+    distribution, forward KL. Long: the same on longer rows, if the recipe has steps for it. The
+    teacher is the attention that ``convert`` kept aside.
 
-    ``out`` receives log.jsonl, checkpoint.pt, losses.png and distill.md. A run that was stopped
-    goes on from its checkpoint when called again with a freshly converted model, the same data,
-    recipe and folder, and ends with the same weights.
+    ``out`` receives recipe.yaml, log.jsonl, checkpoint.pt, losses.png and distill.md. A run that
+    was stopped goes on from its checkpoint when called again with a freshly converted model, the
+    same data, recipe and folder, and ends with the same weights.
 
     Args:
         model: what ``flacompile.convert`` returned; a transformers causal language model.
-        data: a text file (with ``tokenizer``) or token ids [n].
+        data: what ``flacompile.data.read`` reads: text, JSON lines, parquet, ``datasets``, tokens;
+            or None, for which the teacher writes its own.
         recipe: default ``Recipe()``.
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer, where the data is text.
         out: folder for what the run leaves.
+        tensorboard: whether to write events for TensorBoard too, in ``out``/tensorboard.
 
     Returns:
         Scores of teacher, zero floor, fresh swap and student on held-out tokens.
@@ -52,45 +71,86 @@ def distill(
         ValueError: the model is not converted or keeps no teacher, the data cannot be read, or
             the checkpoint in ``out`` is broken or of another run.
     """
-    recipe = recipe or Recipe()
+    recipe, out = recipe or Recipe(), Path(out)
     layers = swapped(model)
     if not layers or any(layer.original is None for layer in layers.values()):
         raise ValueError(
             "model: expected a converted model that still has its teacher (convert, and not yet "
             f"finalize), got {len(layers)} swapped attentions"
         )
-    tokens = tokens_of.read_tokens(data, tokenizer)
-    parts = tokens_of.split(tokens, recipe.heldout, recipe.sequence_length)
     device = next(model.parameters()).device
-    heldout = tokens_of.rows(parts.heldout, recipe.eval_tokens, recipe.sequence_length).to(device)
-    teacher = frozen_teacher(model)
+    corpus = read(data, tokenizer, recipe.data, record=out / "stream.pt")
+    stages = {name: stage for name, stage in recipe.stages.items() if stage.steps}
+    longest = max((s.sequence_length or 0 for s in stages.values()), default=0)
+    training, heldout = corpus.split(recipe.heldout, longest, recipe.sequence_length)
+    rows = heldout.rows(recipe.eval_tokens, recipe.sequence_length).to(device)
+    teacher, precision = frozen_teacher(model), autocast(recipe, device)
 
-    run = Run(Path(out), tokens_of.fingerprint(tokens))
-    optimizer_state = train.restore(run, recipe, model)
-    if optimizer_state is None:
-        run.log.unlink(missing_ok=True)
-        routes: dict[str, Route] = {"teacher": "original", "zero": "zero", "fresh": "mixer"}
-        for name, route in routes.items():
-            run.notes[name] = asdict(score(model, teacher, heldout, route=route))
+    run = Run(out, corpus.fingerprint())
     model.eval()  # dropout would blur the teacher, and a resumed run would need its state
-    stages = {"align": (recipe.align, _align), "logits": (recipe.logits, _logits)}
-    for name, (stage, make) in stages.items():
-        if run.stage != name:
-            continue
-        optimizer = _optimizer(model, stage)
-        if optimizer_state is not None and run.step:
-            optimizer.load_state_dict(optimizer_state)
-        optimizer_state = None
-        if stage.steps:
-            objective = make(model, teacher, recipe)
-            train.fit(run, recipe, stage, model, optimizer, parts.train, objective)
-        run.stage, run.step = ("logits", 0) if name == "align" else ("done", 0)
-        train.save(run, recipe, model, optimizer)
-    bounds = {name: Score(**run.notes[name]) for name in ("teacher", "zero", "fresh")}
-    metrics = Metrics(**bounds, student=score(model, teacher, heldout))
-    facts = {"steps": run.steps, "training tokens": len(parts.train), "recipe": asdict(recipe)}
+    with fp32_weights(model), untied(model, recipe):
+        optimizer_state = checkpoint.restore(run, recipe, model)
+        if optimizer_state is None:
+            run.log.unlink(missing_ok=True)
+            write_recipe(recipe, out / "recipe.yaml")
+            with precision:
+                run.notes |= _bounds(model, teacher, rows)
+        while run.stage != "done":
+            if run.stage in stages:
+                _train(run, recipe, model, teacher, training, optimizer_state, tensorboard)
+                optimizer_state = None
+            else:
+                run.next_stage()
+    with precision:
+        student = score(model, teacher, rows)
+    bounds = {name: Score(**run.notes[name]) for name in ROUTES}
+    metrics = Metrics(**bounds, student=student)
+    facts = {"steps": run.steps, "training tokens": len(training), "recipe": asdict(recipe)}
+    facts |= {name: note for name, note in run.notes.items() if name not in ROUTES}
     report.write(run.out, metrics, facts)
     return metrics
+
+
+ROUTES: dict[str, Route] = {"teacher": "original", "zero": "zero", "fresh": "mixer"}
+
+
+def _bounds(model: nn.Module, teacher: nn.Module, rows: Tensor) -> dict[str, Any]:
+    """What the student stands between, before any training."""
+    return {
+        name: asdict(score(model, teacher, rows, route=route)) for name, route in ROUTES.items()
+    }
+
+
+def _train(
+    run: Run,
+    recipe: Recipe,
+    model: nn.Module,
+    teacher: nn.Module,
+    training: Corpus,
+    optimizer_state: dict[str, Any] | None,
+    tensorboard: bool,
+) -> None:
+    """The rest of the stage in progress; afterwards the next one is."""
+    name, stage = run.stage, recipe.stages[run.stage]
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(model, stage)
+    if optimizer_state is not None and run.step:
+        optimizer.load_state_dict(optimizer_state)
+    reader = Reader(
+        training,
+        stage.sequence_length or recipe.sequence_length,
+        stage.batch_size or recipe.batch_size,
+        accumulate=stage.accumulate,
+        seed=recipe.seed * len(STAGES) + STAGES.index(name),
+        documents=recipe.data.documents,
+        separator=recipe.data.separator,
+    )
+    with for_stage(name, model, recipe, device):
+        objective = make_objective(name, stage, model, teacher, autocast(recipe, device))
+        events = run.out / "tensorboard" if tensorboard else None
+        fit(run, recipe, model, optimizer, reader, objective, events=events)
+    run.next_stage()
+    checkpoint.save(run, recipe, model, optimizer)
 
 
 def frozen_teacher(model: nn.Module) -> nn.Module:
@@ -99,55 +159,3 @@ def frozen_teacher(model: nn.Module) -> nn.Module:
     for layer in swapped(teacher).values():
         layer.route, layer.mixer = "original", nn.Identity()
     return teacher
-
-
-def _optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """AdamW over the mixers and, with a rate, the rest; the teacher's parameters never."""
-    mixers = {id(p) for layer in swapped(model).values() for p in layer.mixer.parameters()}
-    teachers = {
-        id(p)
-        for layer in swapped(model).values()
-        if layer.original is not None
-        for p in layer.original.parameters()
-    }
-    rest = [p for p in model.parameters() if id(p) not in mixers | teachers]
-    for p in rest:
-        p.requires_grad_(stage.rest_lr > 0)
-    groups = [{"params": [p for p in model.parameters() if id(p) in mixers]}]
-    groups[0]["peak"] = stage.mixer_lr  # type: ignore[assignment]
-    if stage.rest_lr > 0:
-        groups.append({"params": rest, "peak": stage.rest_lr})  # type: ignore[dict-item]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-
-
-def _align(model: nn.Module, teacher: nn.Module, recipe: Recipe) -> Any:
-    """Teacher-forced: each mixer's loss is backpropagated alone, so one graph lives at a time."""
-    body = getattr(model, "base_model", model)  # the head is not needed
-    mixers = {path: layer.mixer for path, layer in swapped(body).items()}
-    if recipe.compile:
-        mixers = {path: torch.compile(mixer, dynamic=True) for path, mixer in mixers.items()}
-
-    def objective(ids: Tensor) -> float:
-        total = 0.0
-        for path, (x, y) in objectives.attention_io(body, ids).items():
-            loss = objectives.relative_error(mixers[path](x)[0], y)
-            loss.backward()
-            total += loss.item()
-        return total / len(mixers)
-
-    return objective
-
-
-def _logits(model: nn.Module, teacher: nn.Module, recipe: Recipe) -> Any:
-    body: Any = model.base_model
-    base = torch.compile(body, dynamic=True) if recipe.compile else None
-
-    def objective(ids: Tensor) -> float:
-        with torch.no_grad():
-            target = objectives.hidden(teacher, ids)
-        with routed(model, "mixer"):
-            loss = objectives.kl_divergence(objectives.hidden(model, ids, base), target)
-        loss.backward()
-        return loss.item()
-
-    return objective

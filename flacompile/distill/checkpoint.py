@@ -1,29 +1,103 @@
-"""What a distillation writes as it goes: its checkpoint, whole or not there, and its log."""
+"""Where a distillation stands, and the file that brings a new process there."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from flacompile.distill.log import read_json_lines, write_json_lines
+from flacompile.distill.recipe import STAGES, Recipe
 from flacompile.files import write_atomically
+from flacompile.passes.swap_attention import student_state
 
 PARTS = {"progress", "tokens", "recipe", "model", "optimizer"}
+PROGRESS = ("stage", "step", "steps", "notes", "trend")
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes tensors and plain values as a torch file."""
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+@dataclass
+class Run:
+    """Where a distillation stands; everything that a checkpoint must hold besides tensors.
+
+    Attributes:
+        out: folder of the log, the checkpoint and the report.
+        tokens: what names the data (see ``Corpus.fingerprint``).
+        stage: name of the stage in progress, or "done".
+        step: steps of it that are done.
+        steps: number of steps of each stage, once fixed.
+        notes: figures measured before training.
+        trend: of the loss in this stage (see ``stop.Trend``).
+    """
+
+    out: Path
+    tokens: str
+    stage: str = STAGES[0]
+    step: int = 0
+    steps: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    trend: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def log(self) -> Path:
+        return self.out / "log.jsonl"
+
+    @property
+    def file(self) -> Path:
+        return self.out / "checkpoint.pt"
+
+    def next_stage(self) -> None:
+        """The stage in progress is over."""
+        self.stage = (*STAGES, "done")[STAGES.index(self.stage) + 1]
+        self.step, self.trend = 0, {}
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Reads what ``save`` wrote.
+def save(run: Run, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Writes ``run.file``: whole, or as it was."""
+    state = {
+        "progress": {name: getattr(run, name) for name in PROGRESS},
+        "tokens": run.tokens,
+        "recipe": asdict(recipe),
+        "model": student_state(model),
+        "optimizer": optimizer.state_dict(),
+    }
+    write_atomically(run.file, lambda temporary: torch.save(state, temporary))
+
+
+def restore(run: Run, recipe: Recipe, model: nn.Module) -> dict[str, Any] | None:
+    """Brings run and model to the checkpoint in ``run.out``; returns the optimizer's state.
 
     Raises:
-        ValueError: the file is not a checkpoint of this package; it is left as it is.
+        ValueError: the checkpoint is broken, of another recipe, other data or another model.
     """
+    if not run.file.exists():
+        return None
+    state = _load(run.file)
+    if state["recipe"] != asdict(recipe):
+        raise ValueError(
+            f"recipe: expected that of {run.file}, {state['recipe']}, got {asdict(recipe)}"
+        )
+    if state["tokens"] != run.tokens:
+        raise ValueError(f"data: expected the tokens that {run.file} was trained on, got others")
+    want = {k: tuple(v.shape) for k, v in student_state(model).items()}
+    got = {k: tuple(v.shape) for k, v in state["model"].items()}
+    if want != got:
+        other = sorted(k for k in want.keys() | got.keys() if want.get(k) != got.get(k))
+        raise ValueError(
+            f"checkpoint: expected the tensors of this model, got another's in {run.file}; "
+            f"the first that differs is {other[0]}"
+        )
+    model.load_state_dict(state["model"], strict=False)
+    for name in PROGRESS:
+        setattr(run, name, state["progress"][name])
+    _forget_steps_after(run)
+    return state["optimizer"]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Reads what ``save`` wrote; a file that is not that is left as it is."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports a broken file by half a dozen types
@@ -39,22 +113,9 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def append_json(path: Path, record: dict[str, Any]) -> None:
-    """Adds one line to a JSON-lines log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as log:
-        log.write(json.dumps(record) + "\n")
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a log; a line cut off by a kill is dropped."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
-
-
-def write_json_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Puts the records in the place of the log."""
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def _forget_steps_after(run: Run) -> None:
+    """Drops what a killed run logged after its last checkpoint, a torn line included."""
+    done = {name: steps for name, steps in run.steps.items() if name != run.stage}
+    done[run.stage] = run.step
+    records = read_json_lines(run.log)
+    write_json_lines(run.log, [r for r in records if r["step"] <= done.get(r["stage"], 0)])

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flacompile.distill.checkpoint import read_json_lines
+from flacompile.distill.log import read_json_lines
 from flacompile.distill.metrics import Metrics
 from flacompile.files import write_atomically
 
@@ -18,7 +18,7 @@ def plot_losses(log: Path, picture: Path) -> None:
     records = {(r["stage"], r["step"]): r["loss"] for r in read_json_lines(log)}
     stages = list(dict.fromkeys(stage for stage, _ in records))
     figure = Figure(figsize=(4.5 * max(1, len(stages)), 3.2), layout="constrained")
-    labels = {"align": "relative squared error", "logits": "KL to the teacher (nats)"}
+    labels = {"align": "relative squared error", "logits": "nats", "long": "nats"}
     columns = figure.subplots(1, max(1, len(stages)), squeeze=False)[0][: len(stages)]
     for axes, stage in zip(columns, stages, strict=True):
         points = sorted((step, loss) for (s, step), loss in records.items() if s == stage)

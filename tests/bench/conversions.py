@@ -23,8 +23,8 @@ import torch
 
 import flacompile
 from flacompile.cli import read_keep, read_model
+from flacompile.data import read
 from flacompile.distill import Recipe, Stage
-from flacompile.distill.data import read_tokens, rows
 from flacompile.keep import Keep
 from flacompile.layers import MIXERS
 
@@ -35,7 +35,7 @@ def measure(mixer: str, seconds: float, keep: Keep, window: int | None) -> dict[
     """Converts and distils, in this process; a third of the time aligns the mixers."""
     model, tokenizer = read_model(str(TEACHER))
     text = TEACHER / "train.txt"
-    calibration = rows(read_tokens(text, tokenizer)[:2048], 2048, 128)
+    calibration = read(text, tokenizer).rows(2048, 128)
     flacompile.convert(model, mixer=mixer, keep=keep, window=window, calibration=[calibration])
     layers = flacompile.report(model).layers
     recipe = Recipe(

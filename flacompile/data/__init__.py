@@ -1,0 +1,7 @@
+"""Tokens to train and to measure on: read, split, and dealt out in rows."""
+
+from flacompile.data.corpus import Corpus
+from flacompile.data.reader import Batch, Reader
+from flacompile.data.sources import Reading, Source, read
+
+__all__ = ["Batch", "Corpus", "Reader", "Reading", "Source", "read"]
