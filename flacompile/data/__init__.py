@@ -2,6 +2,6 @@
 
 from flacompile.data.corpus import Corpus
 from flacompile.data.reader import Batch, Reader
-from flacompile.data.sources import Reading, Source, read
+from flacompile.data.sources import DataOptions, Source, read
 
-__all__ = ["Batch", "Corpus", "Reader", "Reading", "Source", "read"]
+__all__ = ["Batch", "Corpus", "DataOptions", "Reader", "Source", "read"]

@@ -25,7 +25,7 @@ TOGETHER = 1000  # documents that a tokenizer gets at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class DataOptions:
     """How data is read.
 
     Attributes:
@@ -55,7 +55,7 @@ class Reading:
 def read(
     data: Source,
     tokenizer: Any = None,
-    reading: Reading | None = None,
+    reading: DataOptions | None = None,
     *,
     record: Path | None = None,
 ) -> Corpus:
@@ -69,7 +69,7 @@ def read(
     Args:
         data: see ``Source``.
         tokenizer: a transformers tokenizer, where there is text.
-        reading: default ``Reading()``.
+        reading: default ``DataOptions()``.
         record: a file that rows of unknown number (streams) are written to and, once it is there,
             read from instead, so that a run resumes on the same tokens.
 
@@ -77,7 +77,7 @@ def read(
         ValueError: a file that is not there, empty, or not what its name says; text without a
             tokenizer; rows without the field; tokens that are no vector of integers.
     """
-    reading = reading or Reading()
+    reading = reading or DataOptions()
     if isinstance(data, Corpus):
         return data
     if isinstance(data, Tensor):
@@ -241,7 +241,7 @@ def _tokenize(documents: list[Any], tokenizer: Any, where: str) -> list[list[int
 
 
 def _recorded(
-    documents: Iterator[str | list[int]], tokenizer: Any, reading: Reading, record: Path
+    documents: Iterator[str | list[int]], tokenizer: Any, reading: DataOptions, record: Path
 ) -> Corpus:
     """A stream's tokens: written down the first time, later read from there."""
     first = next(documents, None)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flacompile.data import Corpus, Reader, Reading, Source, read
+from flacompile.data import Corpus, DataOptions, Reader, Source, read
 from flacompile.distill import checkpoint, report
 from flacompile.distill.checkpoint import Run
 from flacompile.distill.metrics import Metrics, Score, score
@@ -23,8 +23,8 @@ from flacompile.passes.swap_attention import Route, swapped
 
 __all__ = [
     "PRESETS",
+    "DataOptions",
     "Metrics",
-    "Reading",
     "Recipe",
     "Score",
     "Stage",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from flacompile.data import Reading
+from flacompile.data import DataOptions
 from flacompile.ops.validate import expect
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
@@ -109,7 +109,7 @@ class Recipe:
             steps=0, mixer_lr=3e-4, rest_lr=1e-4, sequence_length=512, batch_size=4
         )
     )
-    data: Reading = field(default_factory=Reading)
+    data: DataOptions = field(default_factory=DataOptions)
     sequence_length: int = 128
     batch_size: int = 16
     heldout: float = 0.05

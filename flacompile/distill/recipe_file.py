@@ -15,7 +15,7 @@ from flacompile.files import write_atomically
 def read_recipe(source: str | Path) -> Recipe:
     """A recipe by the name of a preset, or from a YAML file.
 
-    The file has the fields of ``Recipe``, and of ``Stage`` and ``Reading`` under align, logits,
+    The file has the fields of ``Recipe``, and of ``Stage`` and ``DataOptions`` under align, logits,
     long and data; ``preset``, a name, says what fields that are not there are.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flacompile.distill import data as tokens_of
+from flacompile.data import Corpus, Source, read
 from flacompile.distill.metrics import Score, by_position, score, share_closed
 from flacompile.distill.objectives import relative_error
 from flacompile.evaluate.cost import STEPS, WARM, Speed, speed
@@ -112,7 +112,7 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module,
-    data: str | Path | Tensor,
+    data: Source,
     suite: Suite | None = None,
     *,
     teacher: nn.Module | None = None,
@@ -128,7 +128,7 @@ def evaluate(
     Args:
         model: a transformers causal language model: what ``flacompile.convert`` or ``load``
             returned, or any other.
-        data: a text file (with ``tokenizer``) or token ids [n].
+        data: what ``flacompile.data.read`` reads; text with ``tokenizer``.
         suite: default ``Suite()``.
         teacher: the model it was converted from, on the same device; None compares with nothing.
         tokenizer: a transformers tokenizer, for text, samples and tasks.
@@ -142,9 +142,10 @@ def evaluate(
             is asked for and lm-eval not installed.
     """
     suite = suite or Suite()
-    tokens = tokens_of.read_tokens(data, tokenizer).to(next(model.parameters()).device)
-    expect(len(tokens) >= suite.length, "data", f"at least {suite.length} tokens", len(tokens))
-    rows = tokens_of.rows(tokens, suite.tokens, suite.length)
+    device = next(model.parameters()).device
+    corpus = Corpus(read(data, tokenizer).tokens.long().to(device))
+    expect(len(corpus) >= suite.length, "data", f"at least {suite.length} tokens", len(corpus))
+    rows = corpus.rows(suite.tokens, suite.length)
     prompts = rows[: suite.samples if tokenizer is not None else 0, :PROMPT]
     zero, errors = None, {}
     if teacher is not None and (layers := swapped(model)):
@@ -153,8 +154,8 @@ def evaluate(
             zero = score(teacher, None, rows)
         errors = _layer_errors(layers, teacher, rows[:1])
     evaluation = Evaluation(
-        _read(model, teacher, tokens, suite, tokenizer, prompts),
-        None if teacher is None else _read(teacher, teacher, tokens, suite, tokenizer, prompts),
+        _read(model, teacher, corpus, suite, tokenizer, prompts),
+        None if teacher is None else _read(teacher, teacher, corpus, suite, tokenizer, prompts),
         zero,
         errors,
         [] if tokenizer is None else [tokenizer.decode(ids) for ids in prompts],
@@ -177,18 +178,18 @@ def write(out: Path, evaluation: Evaluation, suite: Suite) -> None:
 def _read(
     model: nn.Module,
     teacher: nn.Module | None,
-    tokens: Tensor,
+    corpus: Corpus,
     suite: Suite,
     tokenizer: Any,
     prompts: Tensor,
 ) -> Reading:
     """All measures of one model."""
-    end, distances, contexts = _lengths(model, len(tokens), suite)
-    rows = tokens_of.rows(tokens, suite.tokens, suite.length)
+    end, distances, contexts = _lengths(model, len(corpus), suite)
+    rows = corpus.rows(suite.tokens, suite.length)
     return Reading(
         score(model, teacher, rows),
-        _buckets(model, tokens_of.rows(tokens, suite.tokens, end)),
-        {d: recall(model, needles(tokens, d, suite.trials)) for d in distances},
+        _buckets(model, corpus.rows(suite.tokens, end)),
+        {d: recall(model, needles(corpus.tokens, d, suite.trials)) for d in distances},
         {n: speed(model, n) for n in contexts},
         _samples(model, tokenizer, prompts, suite.new_tokens) if len(prompts) else [],
         run_tasks(model, tokenizer, suite.tasks, suite.task_limit) if suite.tasks else {},
