@@ -2,6 +2,8 @@
 
 __version__ = "0.1.0"
 
+from typing import TYPE_CHECKING, Any
+
 # The verbs share their names with the modules that hold them, and stand over those here.
 from flacompile.convert import convert, finalize, report, unconvert
 from flacompile.distill import distill
@@ -10,15 +12,30 @@ from flacompile.export import export
 from flacompile.hf import load
 from flacompile.hf_register import register_models
 
+if TYPE_CHECKING:
+    from flacompile.quantize import BitNet, Ternary, quantize_
+
 register_models()
 
 __all__ = [
+    "BitNet",
+    "Ternary",
     "convert",
     "distill",
     "evaluate",
     "export",
     "finalize",
     "load",
+    "quantize_",
     "report",
     "unconvert",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torchao, which takes a second to import."""
+    if name in ("BitNet", "Ternary", "quantize_"):
+        from flacompile import quantize
+
+        return getattr(quantize, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ from flacompile.ops.dplr import dplr, dplr_step
 from flacompile.ops.linear_attn import linear_attn, linear_attn_step
 from flacompile.ops.scan import scan, scan_step
 from flacompile.ops.selective_scan import selective_scan, selective_scan_step
+from flacompile.ops.ternary import ternary_linear
 
 __all__ = [
     "conv",
@@ -24,4 +25,5 @@ __all__ = [
     "scan_step",
     "selective_scan",
     "selective_scan_step",
+    "ternary_linear",
 ]

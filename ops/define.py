@@ -16,7 +16,10 @@ NAMESPACE = "flacompile"
 
 
 def define(
-    cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+    visible: Callable[..., Any] | None = None,
 ) -> tuple[Callable[..., Any], tuple[CustomOpDef, CustomOpDef]]:
     """Registers ``flacompile::<name>`` (CPU) and ``flacompile::<name>_cuda`` (Triton).
 
@@ -24,14 +27,19 @@ def define(
         cpu: the CPU form; its name is the op's and its annotations are the schema.
         cuda: the same signature over Triton launchers.
         fake: the shapes: same signature, empty outputs.
+        visible: the same signature; what torch.compile sees on a CPU, where it should see it.
 
     Returns:
         A function that calls the op of the first tensor's device, and the two ops.
     """
     name = cpu.__name__
-    on_cpu = torch.library.custom_op(
-        f"{NAMESPACE}::{name}", cpu, mutates_args=(), device_types="cpu"
-    )
+    if visible is None:
+        on_cpu = torch.library.custom_op(
+            f"{NAMESPACE}::{name}", cpu, mutates_args=(), device_types="cpu"
+        )
+    else:
+        on_cpu = torch.library.triton_op(f"{NAMESPACE}::{name}", visible, mutates_args=())
+        on_cpu.register_kernel("cpu")(cpu)
     on_cuda = torch.library.triton_op(f"{NAMESPACE}::{name}_cuda", cuda, mutates_args=())
     for op in (on_cpu, on_cuda):
         op.register_fake(fake)

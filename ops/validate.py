@@ -179,3 +179,20 @@ def check_delta_rule(
     """Everything ``delta_rule`` can know without reading a value."""
     check_dplr(q, k, v, g, {}, state, cu_seqlens)
     check_like("beta", beta, tuple(q.shape[:3]), "q", q)
+
+
+def check_ternary_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """Everything ``ternary_linear`` can know without reading a value."""
+    expect(x.ndim > 0, "x", "shape [..., K]", tuple(x.shape))
+    expect(x.is_floating_point(), "x", "a floating dtype", x.dtype)
+    expect(x.device.type in ("cpu", "cuda"), "x", "a CPU or CUDA tensor", x.device)
+    quarter = 4 * -(-x.shape[-1] // 16)
+    fits = packed.ndim == 2 and packed.shape[1] == quarter and packed.is_contiguous()
+    expect(fits, "packed", f"contiguous, shape [N, {quarter}]", tuple(packed.shape))
+    expect(packed.dtype == torch.uint8, "packed", "uint8", packed.dtype)
+    check_shape("scale", scale, ())
+    expect(scale.dtype == torch.float32, "scale", "float32", scale.dtype)
+    for name, w in (("packed", packed), ("scale", scale)):
+        expect(w.device == x.device, name, f"the device of x, {x.device}", w.device)
+    if bias is not None:
+        check_like("bias", bias, (packed.shape[0],), "x", x)

@@ -13,6 +13,7 @@ from flacompile.ops.dplr import decomposed as dplr
 from flacompile.ops.linear_attn import decomposed as linear_attn
 from flacompile.ops.scan import decomposed as scan
 from flacompile.ops.selective_scan import decomposed as selective_scan
+from flacompile.ops.ternary import decomposed as ternary_linear
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
@@ -23,6 +24,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
         torch.ops.flacompile.linear_attn_forward.default: linear_attn,
         torch.ops.flacompile.scan_forward.default: scan,
         torch.ops.flacompile.selective_scan_forward.default: selective_scan,
+        torch.ops.flacompile.ternary_linear_forward.default: ternary_linear,
     }
 
 

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flacompile.ops.kernels import conv, dplr, linear_attn, scan, selective_scan, tiles
+from flacompile.ops.kernels import conv, dplr, linear_attn, scan, selective_scan, ternary, tiles
 from flacompile.ops.selective_scan import SPAN
 
 DECAYS = ("none", "g", "gk", "gv", "g gk", "g gv", "gk gv")
@@ -132,12 +132,27 @@ def dplr_variant(decay, dtype, K, V, writes, reverse):
         yield Variant(name, getattr(dplr, f"_{kernel}_kernel"), types, constants)
 
 
+def ternary_variants():
+    """The three kernels, of rows long and short."""
+    for dtype, P in product(DTYPES, (2048, 32)):
+        types = dict.fromkeys(("x", "y"), f"*{dtype}") | dict.fromkeys(("scale", "r"), "*fp32")
+        types |= dict.fromkeys(("M", "N", "K", "P", "P_WORDS", "BYTES_A_ROW"), "i32")
+        types |= {"codes": "*i8", "sums": "*i32"}
+        gemv = {"DP4A": True} | ternary.gemv_tiles(P)
+        kinds = {"gemv": ("*i32", gemv), "round": ("", ternary.ROUND), "gemm": ("*u8", ternary.GEMM)}
+        for kind, (packed, constants) in kinds.items():
+            name = f"ternary {kind}, {dtype}, {P}"
+            kernel = getattr(ternary, f"_{kind}_kernel")
+            yield Variant(name, kernel, types | {"packed": packed}, constants)
+
+
 VARIANTS = (
     linear_attn_variants,
     conv_variants,
     scan_variants,
     selective_scan_variants,
     dplr_variants,
+    ternary_variants,
 )
 
 

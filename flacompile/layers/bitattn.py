@@ -5,7 +5,9 @@ Q_8(x) = round(x s) / s with s = 127 / max |x|      Q_3(W) = clip(round(W s), ±
 s = 1 / mean |W|
 
 s of x is that of a token, s of W that of the matrix; gradients pass the rounding as if it were not
-there. Weights stay in floating point: this is how such a layer is trained, and it is not faster.
+there. Weights stay in floating point, in which this is computed: how the published layers were
+trained. ``flacompile.quantize_`` does the same in integers: ``BitNet`` to train on, ``Ternary`` to
+ship at two bits a weight.
 Published layers give the norm an ``eps`` of 1e-8 since version 0.6 of flash-linear-attention; the
 kernels before that took 1e-6 whatever the layer said. Set ``norm_eps`` for weights of that time.
 """
@@ -37,6 +39,10 @@ class BitLinear(nn.Linear):
         out_features: size of y.
         bias: whether to add one, which is not rounded.
         norm_eps: of the RMS norm of x; None is no norm.
+
+    Attributes:
+        rounds: False once ``flacompile.quantize_`` gave it a weight that does the rounding, of x
+            too, in integers.
     """
 
     def __init__(
@@ -44,10 +50,14 @@ class BitLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias)
         self.norm = None if norm_eps is None else RMSNorm(in_features, norm_eps)
+        self.rounds = True
 
     def forward(self, input: Tensor) -> Tensor:
-        x, weight = at_least_fp32(input), at_least_fp32(self.weight)
+        x = at_least_fp32(input)
         x = x if self.norm is None else self.norm(x)
+        if not self.rounds:
+            return F.linear(x.to(input.dtype), self.weight, self.bias)
+        weight = at_least_fp32(self.weight)
         x, weight = _pass_through(x, int8(x)), _pass_through(weight, ternary(weight))
         return F.linear(x.to(input.dtype), weight.to(input.dtype), self.bias)
 

@@ -8,6 +8,11 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 
+def on_interpreter(kernel: Any) -> bool:
+    """Whether the kernel was defined under TRITON_INTERPRET=1."""
+    return isinstance(kernel, InterpretedFunction)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run `kernel[grid](*args, **meta)`.
 
@@ -15,6 +20,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     place it in its own graph. `torch.library.wrap_triton` refuses interpreted kernels on
     torch 2.11, so those are called directly.
     """
-    if not isinstance(kernel, InterpretedFunction):
+    if not on_interpreter(kernel):
         kernel = torch.library.wrap_triton(kernel)
     kernel[grid](*args, **meta)
