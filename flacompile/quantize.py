@@ -15,15 +15,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.core.config import AOBaseConfig
 from torchao.prototype.quantized_training.bitnet import (
     BitNetTrainingLinearWeight,
     _BitNetTrainingLinear,
 )
+from torchao.prototype.safetensors import safetensors_utils
 from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization.transform_module import register_quantize_module_handler
 from torchao.utils import TorchAOBaseTensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from flacompile.layers.bitattn import BitLinear
 from flacompile.ops.ternary import pack_ternary, round_weight, ternary_linear, unpack_ternary
@@ -120,24 +121,20 @@ def _shared_weights(model: nn.Module) -> dict[str, str]:
 
 def _check(name: str, module: nn.Module, config: AOBaseConfig, model: nn.Module) -> None:
     """Raises for a module that cannot be quantised, by name."""
-    expect(
-        isinstance(module, nn.Linear), name, "a linear layer, as filter_fn chose it",
-        type(module).__name__,
-    )  # fmt: skip
+    kind = type(module).__name__
+    expect(isinstance(module, nn.Linear), name, "a linear layer, as filter_fn chose it", kind)
     weight: Tensor = module.weight  # type: ignore[assignment]
+    of_layer = f"{name}.weight".removeprefix(".")
     trained = isinstance(config, Ternary) and isinstance(weight, BitNetTrainingLinearWeight)
     if type(weight) is not nn.Parameter and not trained:
         raise ValueError(
-            f"{name}.weight: expected a plain parameter, got {type(weight).__name__}, which is "
+            f"{of_layer}: expected a plain parameter, got {type(weight).__name__}, which is "
             "quantised or sharded already; leave it out by filter_fn"
         )
-    expect(weight.is_floating_point(), f"{name}.weight", "a floating dtype", weight.dtype)
-    expect(not weight.is_meta, f"{name}.weight", "a loaded weight", "one on meta")
-    device = weight.device.type
-    ours = isinstance(config, BitNet | Ternary)
-    expect(not ours or device in ("cpu", "cuda"), f"{name}.weight", "on a CPU or CUDA", device)
+    expect(weight.is_floating_point(), of_layer, "a floating dtype", weight.dtype)
+    expect(not weight.is_meta, of_layer, "a loaded weight", "one on meta")
     other = _shared_weights(model).get(name)
-    expect(other is None, f"{name}.weight", "a weight of its own", f"that of {other} too")
+    expect(other is None, of_layer, "a weight of its own", f"that of {other} too")
 
 
 def _describe(tensor: Tensor, *inner: Tensor) -> str:
@@ -238,6 +235,8 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> TernaryTensor:
 
 
 torch.serialization.add_safe_globals([TernaryTensor, BitNetTensor])
+safetensors_utils.ALLOWED_CLASSES["TernaryTensor"] = TernaryTensor
+safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append("TernaryTensor")
 
 
 @register_quantize_module_handler(BitNet)
