@@ -52,9 +52,7 @@ class Ternary(AOBaseConfig):
     """
 
 
-def quantize_(
-    model: nn.Module, config: AOBaseConfig, filter_fn: Filter | None = None
-) -> nn.Module:
+def quantize_(model: nn.Module, config: AOBaseConfig, filter_fn: Filter | None = None) -> nn.Module:
     """Replaces the weights of chosen linear layers by low-bit ones, in place.
 
     Args:
@@ -159,7 +157,7 @@ def _train(input: Tensor, weight: BitNetTensor, bias: Tensor | None = None) -> T
     device = input.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        input, weight = input.to(dtype), weight.to(dtype)
+        input, weight = input.to(dtype), weight.to(dtype)  # type: ignore[assignment]
         bias = None if bias is None else bias.to(dtype)
     rows = input.reshape(-1, input.shape[-1])
     y = _BitNetTrainingLinear.apply(rows, weight, bias)
@@ -187,9 +185,7 @@ class TernaryTensor(TorchAOBaseTensor):
             cls, shape, dtype=dtype, device=packed.device, requires_grad=False
         )
 
-    def __init__(
-        self, packed: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, packed: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.packed, self.scale, self.in_features = packed, scale, in_features
 
@@ -231,7 +227,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> TernaryTensor:
     packed, scale = weight.packed.to(device), weight.scale.to(device)
     dtype = kwargs.get("dtype") or weight.dtype
     new = TernaryTensor(packed, scale, weight.in_features, dtype)
-    return return_and_correct_aliasing(func, args, kwargs, new)
+    return return_and_correct_aliasing(func, args, kwargs, new)  # type: ignore[return-value]
 
 
 torch.serialization.add_safe_globals([TernaryTensor, BitNetTensor])
@@ -242,7 +238,8 @@ safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append("TernaryTensor")
 @register_quantize_module_handler(BitNet)
 def _to_bitnet(module: nn.Linear, config: BitNet) -> nn.Linear:
     required = module.weight.requires_grad
-    module.weight = nn.Parameter(BitNetTensor(module.weight.detach()), requires_grad=required)
+    weight: Any = BitNetTensor(module.weight.detach())  # type: ignore[misc]
+    module.weight = nn.Parameter(weight, requires_grad=required)
     return _weight_rounds(module)
 
 

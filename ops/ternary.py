@@ -28,9 +28,7 @@ EXACT = 2**16  # inputs whose products, at most 254 each, fp32 adds without roun
 FIELDS = 0x03030303  # the lowest two bits of each byte of a word
 
 
-def ternary_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def ternary_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = s r (X W^T) + bias, with X and r the int8 rounding of each token of x.
 
     The gradient of x passes the rounding as if it were not there; the weights have none. Under

@@ -139,7 +139,11 @@ def ternary_variants():
         types |= dict.fromkeys(("M", "N", "K", "P", "P_WORDS", "BYTES_A_ROW"), "i32")
         types |= {"codes": "*i8", "sums": "*i32"}
         gemv = {"DP4A": True} | ternary.gemv_tiles(P)
-        kinds = {"gemv": ("*i32", gemv), "round": ("", ternary.ROUND), "gemm": ("*u8", ternary.GEMM)}
+        kinds = {
+            "gemv": ("*i32", gemv),
+            "round": ("", ternary.ROUND),
+            "gemm": ("*u8", ternary.GEMM),
+        }
         for kind, (packed, constants) in kinds.items():
             name = f"ternary {kind}, {dtype}, {P}"
             kernel = getattr(ternary, f"_{kind}_kernel")

@@ -1,6 +1,7 @@
 """Triton kernels of `ternary_linear`: one for a few rows, two for many.
 
-    y = s r (X (W + 1)^T - X 1)        X = clip(round(x / max(r, 1e-5)), -128, 127), r = max |x| / 127
+    y = s r (X (W + 1)^T - X 1)        X = clip(round(x / max(r, 1e-5)), -128, 127)
+                                       r = max |x| / 127
 
 The packed bytes hold W + 1; the sum of X is taken off in the end. All sums are of int32.
 
