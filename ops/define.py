@@ -7,10 +7,16 @@ tracing, so one plain function chooses, and each op keeps one device.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.experimental import register_sharding
+
+from flacompile.ops.sharding import AXES, rules
 
 NAMESPACE = "flacompile"
 
@@ -43,8 +49,23 @@ def define(
     on_cuda = torch.library.triton_op(f"{NAMESPACE}::{name}_cuda", cuda, mutates_args=())
     for op in (on_cpu, on_cuda):
         op.register_fake(fake)
+        if name in AXES:
+            register_sharding(op._opoverload)(partial(rules, name))
 
     def call(*args: Any) -> Any:
-        return (on_cuda if args[0].is_cuda else on_cpu)(*args)
+        op = on_cuda if args[0].is_cuda else on_cpu
+        return op(*(_as_dtensors(args) if isinstance(args[0], DTensor) else args))
 
     return call, (on_cpu, on_cuda)
+
+
+def _as_dtensors(args: tuple[Any, ...]) -> list[Any]:
+    """Plain tensors too, whole on every rank: autograd makes such zeros for missing gradients."""
+    mesh = args[0].device_mesh
+    whole = [Replicate()] * mesh.ndim
+
+    def known(x: Any) -> Any:
+        plain = isinstance(x, Tensor) and not isinstance(x, DTensor)
+        return DTensor.from_local(x, mesh, whole, run_check=False) if plain else x
+
+    return [known(x) for x in args]

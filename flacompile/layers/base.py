@@ -153,6 +153,12 @@ class Mixer(nn.Module):
         return self.o_proj  # type: ignore[return-value]
 
     @property
+    def layers_by_head(self) -> list[nn.Linear]:
+        """Layers whose rows stand in the order of the heads: tensor parallelism splits them."""
+        layers = [layer for layer in self.children() if isinstance(layer, nn.Linear)]
+        return [layer for layer in layers if layer is not self.output_layer]
+
+    @property
     def output_heads(self) -> int:
         """Number of heads that ``output_layer`` adds up."""
         return self.config.num_heads  # type: ignore[attr-defined]

@@ -92,6 +92,12 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
         return ((self.heads, self.key_dim, self.value_dim),)
 
     @property
+    def layers_by_head(self) -> list[nn.Linear]:
+        """Of several steps, the rows of k, v and b are those of all heads, step by step."""
+        by_step = [self.k_proj, self.v_proj, self.b_proj] if self.steps > 1 else []
+        return [layer for layer in super().layers_by_head if layer not in by_step]
+
+    @property
     def output_heads(self) -> int:
         return self.heads
 

@@ -73,14 +73,14 @@ class Mamba(StateSpaceMixer):
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        u, z = self.in_proj(x).split(self.parts, -1)
+        u, *z = self.in_proj(x).split([width for width in self.parts if width], -1)
         u, conv = self.convolve(u, conv, tokens)
         delta, B, C = self.x_proj(u if self.config.num_heads is None else x).split(self.streams, -1)
         B, C = self.by_groups(B, C, tokens)
         B, u = (repeat_heads(i, self.num_heads) for i in (B, u.unflatten(-1, (self.kv_heads, -1))))
         dt = at_least_fp32(F.linear(delta, self.dt_proj.weight)) + self.dt_proj.bias
         dt = tokens.zero_padding(F.softplus(dt))
-        return (u.flatten(2), dt, B, C * self.config.scale, z), conv
+        return (u.flatten(2), dt, B, C * self.config.scale, *z), conv
 
     def mix(
         self,
@@ -106,10 +106,10 @@ class Mamba(StateSpaceMixer):
         return -at_least_fp32(self.A_log).exp()
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        u, z = inputs[0], inputs[4]
+        u, z = inputs[0], inputs[4:]
         y = at_least_fp32(o) + self.D * u
-        if self.config.use_output_gate:
-            y = y * self.activation(at_least_fp32(z))
+        if z:
+            y = y * self.activation(at_least_fp32(z[0]))
         return self.out_proj(y.to(o.dtype))
 
     @property

@@ -82,7 +82,7 @@ class Mamba2(StateSpaceMixer):
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        z, xBC, dt = self.in_proj(x).split(self.parts, -1)
+        *z, xBC, dt = self.in_proj(x).split([width for width in self.parts if width], -1)
         xBC, conv = self.convolve(xBC, conv, tokens)
         u, B, C = xBC.split(self.streams, -1)
         heads = u.unflatten(-1, (-1, self.config.head_dim)), *self.by_groups(B, C, tokens)
@@ -90,12 +90,12 @@ class Mamba2(StateSpaceMixer):
         dt = F.softplus(at_least_fp32(dt) + self.dt_bias).clamp(*self.config.dt_limit)
         dt = tokens.zero_padding(dt)
         decay = -dt * at_least_fp32(self.A_log).exp()
-        return (C, B, (dt[..., None] * u).to(u.dtype), decay, u, z), conv
+        return (C, B, (dt[..., None] * u).to(u.dtype), decay, u, *z), conv
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        u, z = inputs[4:]
+        u, *z = inputs[4:]
         y = (at_least_fp32(o) + self.D.view(self.num_heads, -1) * u).flatten(2)
-        gate = F.silu(at_least_fp32(z)) if self.config.use_output_gate else 1.0
+        gate = F.silu(at_least_fp32(z[0])) if z else 1.0
         if not self.config.rmsnorm:
             y = y * gate
         elif self.config.norm_before_gate:

@@ -75,22 +75,23 @@ class RWKV6Attention(RWKVAttention):
             self.g_proj = nn.ModuleDict({"linear": gate})
 
     def streams(self, x: Tensor, delta: Tensor) -> Sequence[Tensor]:
-        """x^r, x^w, x^k, x^v, x^g, each [B, T, D]."""
+        """x^r, x^w, x^k, x^v and, for an output gate, x^g, each [B, T, D]."""
         low = self.x_proj[0](x, delta).tanh().unflatten(-1, (5, -1))
         weight = self.x_proj[2].get_parameter("weight").unflatten(1, (5, -1))
         m = torch.einsum("btir,dir->ibtd", low, weight)
-        return [torch.addcmul(x, delta, mu + m_i) for mu, m_i in zip(self.x_bias, m, strict=True)]
+        count = 4 + self.config.use_output_gate
+        return [torch.addcmul(x, delta, self.x_bias[i] + m[i]) for i in range(count)]
 
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         before, last = token_shift(x, None if conv is None else conv[0], tokens)
-        xr, xw, xk, xv, xg = self.streams(x, before - x)
+        xr, xw, xk, xv, *xg = self.streams(x, before - x)
         mixed = {"q": xr, "k": xk, "v": xv}
         r, k, v = self.by_heads([self.projection(i)(y) for i, y in mixed.items()], tokens)
         k, v = (repeat_heads(i, self.config.num_heads) for i in (tokens.zero_padding(k), v))
         w = -at_least_fp32(self.decay(xw)).clamp(max=math.log(FASTEST)).exp()
-        gate = (self.gate_fn(self.g_proj["linear"](xg)),) if self.config.use_output_gate else ()
+        gate = [self.gate_fn(self.g_proj["linear"](i)) for i in xg]
         return (r, k, v, tokens.zero_padding(w).view_as(r), *gate), (last,)
 
     def mix(
@@ -108,17 +109,16 @@ class RWKV6Attention(RWKVAttention):
         o, last = linear_attn(
             r.roll(-1, 1), k, v, w, scale=self.scale, state=first, cu_seqlens=cu_seqlens
         )
-        o, time = o.roll(1, 1), torch.arange(r.shape[1], device=r.device)
         start = torch.zeros_like(last) if first is None else first
         if cu_seqlens is None:
-            is_first = time == 0
             before = self.read(r[:, :1], start[:, None])
-        else:
-            sequence = torch.searchsorted(cu_seqlens, time, right=True) - 1
-            is_first = cu_seqlens[sequence] == time
-            firsts = cu_seqlens[:-1].clamp(max=r.shape[1] - 1)  # of an empty sequence any token
-            before = self.read(r[0, firsts], start)[None, sequence]
-        return torch.where(is_first[:, None, None], before.to(o.dtype), o), (last,)
+            return torch.cat((before.to(o.dtype), o[:, :-1]), 1), (last,)
+        time = torch.arange(r.shape[1], device=r.device)
+        sequence = torch.searchsorted(cu_seqlens, time, right=True) - 1
+        is_first = cu_seqlens[sequence] == time
+        firsts = cu_seqlens[:-1].clamp(max=r.shape[1] - 1)  # of an empty sequence any token
+        before = self.read(r[0, firsts], start)[None, sequence]
+        return torch.where(is_first[:, None, None], before.to(o.dtype), o.roll(1, 1)), (last,)
 
     def mix_step(
         self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]

@@ -171,7 +171,7 @@ class RWKV7Attention(RWKVAttention):
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        x, v_first = x.split((self.config.hidden_size, x.shape[-1] - self.config.hidden_size), -1)
+        x, v_first = x[..., : self.config.hidden_size], x[..., self.config.hidden_size :]
         before, last = token_shift(x, None if conv is None else conv[0], tokens)
         delta, mixes = before - x, [self.get_parameter(name) for name in self.mixes]
         xr, xw, xk, xv, xa, *xg = (torch.addcmul(x, delta, mix) for mix in mixes)

@@ -126,6 +126,11 @@ class StateSpaceMixer(RecurrentMixer):
         """The rows of a layer that stand for an attention's "q", "k" and "v"."""
 
     @property
+    def layers_by_head(self) -> list[nn.Linear]:
+        """None: the rows of in_proj are those of several streams, one after the other."""
+        return []
+
+    @property
     def output_layer(self) -> nn.Linear:
         return self.out_proj
 

@@ -1,0 +1,77 @@
+"""How tensor parallelism may split each op: DTensor's sharding rules, as a table.
+
+An op is written as the axes of its tensors. Split over an axis, every tensor that has it is split
+there; an input that lacks it is whole on every rank, and an output that lacks it is the gradient of
+such an input, a sum over the ranks. The axes that can be split are the batch, B, and the heads, H,
+or the channels, C: no element of another row or head is ever read. Any other split is gathered.
+
+A group of channels in ``selective_scan``, G, has an input for all of its channels: groups are split
+with their channels where they go evenly to the ranks, and are whole where there is but one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard
+
+# inputs -> outputs; a dot is no tensor
+AXES = {
+    "linear_attn_forward": "BTHK BTHK BTHV BTHK BTHV BHKV . . -> BTHV BHKV",
+    "linear_attn_backward": "BTHK BTHK BTHV BTHK BTHV BHKV . . BHKV BTHV BHKV"
+    " -> BTHK BTHK BTHV BTHK BTHV BHKV",
+    "dplr_forward": "BTHK BTHK BTHV BTHK BTHK BTHK BHKV . . -> BTHV BHKV BTHV",
+    "dplr_backward": "BTHK BTHK BTHV BTHK BTHK BTHK BHKV . . BTHV BHKV BTHV BHKV"
+    " -> BTHK BTHK BTHV BTHK BTHK BTHK BHKV",
+    "scan_forward": "BTC BTC BC . -> BTC BC",
+    "scan_backward": "BTC BC . BTC BTC BC -> BTC BTC BC",
+    "selective_scan_forward": "BTC BTC CN BTGN BTGN BCN . . -> BTC BCN BTCN",
+    "selective_scan_backward": "BTC BTC CN BTGN BTGN . BTCN BTC BCN . -> BTC BTC CN BTGN BTGN BCN",
+    "conv_forward": "BTC CW C BWC . -> BTC BWC",
+    "conv_backward": "BTC CW C BWC . BTC BWC -> BTC CW C BWC",
+}
+
+Rule = tuple[list[Placement | None], list[Placement | None]]
+
+
+def rules(op: str, *args: Any) -> list[Rule]:
+    """What a split of one dimension of the mesh may be: placements of the outputs and the inputs.
+
+    Args:
+        op: a name in ``AXES``.
+        args: those of the op, with a specification in place of each tensor.
+    """
+    inputs, outputs = (side.split() for side in AXES[op].split(" -> "))
+    packed = any(a == "." and hasattr(x, "shape") for a, x in zip(inputs, args, strict=True))
+    splits = ["", *([] if packed else ["B"]), *_channels(inputs, args)]
+
+    # A gradient stands where its input does; that of an input which is not there is empty.
+    empty = {i for i, x in enumerate(args) if x is None and inputs[i] != "."}
+
+    def place(axes: str, split: str, missing: Placement) -> Placement:
+        at = [i for i, axis in enumerate(axes) if axis in split]
+        return Shard(at[0]) if at else missing if split else Replicate()
+
+    return [
+        (
+            [
+                Replicate() if i in empty else place(axes, split, Partial())
+                for i, axes in enumerate(outputs)
+            ],
+            [
+                place(axes, split, Replicate()) if hasattr(x, "shape") else None
+                for axes, x in zip(inputs, args, strict=True)
+            ],
+        )
+        for split in splits
+    ]
+
+
+def _channels(inputs: list[str], args: tuple[Any, ...]) -> list[str]:
+    """The axes that are split with the heads or channels, if these can be."""
+    if "BTGN" not in inputs:
+        return ["H" if "H" in inputs[0] else "C"]
+    groups = args[inputs.index("BTGN")]
+    if groups.shape[2] == 1:
+        return ["C"]
+    return ["CG"] if groups.shape[2] % groups.mesh.size() == 0 else []
