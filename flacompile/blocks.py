@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flacompile.ops import conv
+from flacompile.ops.conv import inputs_before
 
 if TYPE_CHECKING:
     from flacompile.layers.base import Tokens
@@ -278,6 +279,7 @@ def token_shift(x: Tensor, past: Tensor | None, tokens: Tokens) -> tuple[Tensor,
         x_{t-1} [B, T, C] and the last input of each sequence [N, 1, C].
     """
     past = no_inputs(x, 1, tokens) if past is None else past.to(x.dtype)
+    past = inputs_before(x, past)
     if tokens.cu_seqlens is None:
         before = torch.cat((past, x), 1)[:, : x.shape[1]]
     else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,8 +20,12 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._pytree import tree_map
 
 from flacompile.layers.base import RecurrentMixer
+from flacompile.layers.qkv import QKVMixer
+from flacompile.ops.context import context_parallel
 from flacompile.ops.validate import expect
 from flacompile.passes.swap_attention import swapped
+
+__all__ = ["MixerParallel", "context_parallel", "tensor_parallel_plan"]
 
 
 @register_sharding(torch.ops.aten.log_sigmoid_backward.default)
@@ -43,25 +48,31 @@ class MixerParallel(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        expect(isinstance(module, RecurrentMixer), "module", "a recurrent mixer", type(module))
-        heads, ranks = module.output_heads, device_mesh.size()
-        expect(heads % ranks == 0, "device_mesh", f"a divisor of the {heads} heads", ranks)
-        groups = getattr(module.config, "n_groups", heads)
-        expect(groups in (1, heads) or groups % ranks == 0, "n_groups", f"times {ranks}", groups)
-        split = module.layers_by_head
-        if getattr(module, "kv_heads", heads) % ranks:
-            split = [module.projection("q")]
-        styles: dict[str, ParallelStyle] = {}
-        for name, layer in module.named_children():
-            if layer is module.output_layer:
-                styles[name] = RowwiseParallel(use_local_output=False)
-            elif layer in split:
-                styles[name] = ColwiseParallel(use_local_output=False)
-        parallelize_module(module, device_mesh, styles)
+        if not isinstance(module, RecurrentMixer):
+            raise ValueError(f"module: expected a recurrent mixer, got {type(module).__name__}")
+        parallelize_module(module, device_mesh, _styles(module, device_mesh.size()))
         distribute_module(module, device_mesh)
         for name in ("forward", "step"):
             setattr(module, name, _on_dtensors(getattr(module, name), device_mesh))
         return module
+
+
+def _styles(mixer: RecurrentMixer, ranks: int) -> dict[str, ParallelStyle]:
+    """How each projection is split; those that are not named stay whole."""
+    heads, split = mixer.output_heads, mixer.layers_by_head
+    expect(heads % ranks == 0, "device_mesh", f"a divisor of the {heads} heads", ranks)
+    groups = getattr(mixer.config, "n_groups", 1)
+    fits = groups == 1 or groups % ranks == 0
+    expect(fits, "device_mesh", f"a divisor of the {groups} groups of B and C", ranks)
+    if isinstance(mixer, QKVMixer) and mixer.kv_heads % ranks:
+        split = [mixer.projection("q")]
+    styles: dict[str, ParallelStyle] = {}
+    for name, layer in mixer.named_modules():
+        if layer is mixer.output_layer:
+            styles[name] = RowwiseParallel(use_local_output=False)
+        elif layer in split:
+            styles[name] = ColwiseParallel(use_local_output=False)
+    return styles
 
 
 def _on_dtensors(function: Callable[..., Any], mesh: DeviceMesh) -> Callable[..., Any]:
@@ -74,7 +85,8 @@ def _on_dtensors(function: Callable[..., Any], mesh: DeviceMesh) -> Callable[...
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(known, (args, kwargs))
-        with implicit_replication():
+        with implicit_replication(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found a non-scalar tensor with numel=1")
             y, state = function(*args, **kwargs)
         return y.redistribute(mesh, [Replicate()]).to_local(), state
 
@@ -82,4 +94,18 @@ def _on_dtensors(function: Callable[..., Any], mesh: DeviceMesh) -> Callable[...
 
 
 def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+    """For ``torch.distributed.tensor.parallel.parallelize_module``: every mixer, split by heads.
+
+    The plan of the original model goes with it, for all but its attention:
+
+        parallelize_module(model, mesh, tensor_parallel_plan(model) | {
+            "model.layers.*.mlp.up_proj": ColwiseParallel(), ...})
+
+    Args:
+        model: a converted model.
+
+    Raises:
+        ValueError: the model has no converted attention.
+    """
+    expect(bool(swapped(model)), "model", "a converted model", type(model).__name__)
     return {f"{path}.mixer": MixerParallel() for path in swapped(model)}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flacompile.blocks import at_least_fp32
 from flacompile.layers.base import Tokens
-from flacompile.ops import scan, scan_step
+from flacompile.ops import context, scan, scan_step
 from flacompile.ops.validate import check_shape, expect
 
 LOWEST = -(2.0**100)  # the maximum of no tokens: finite, so that differences are
@@ -59,7 +59,11 @@ class RunningSoftmax(nn.Module):
         empty = x.new_zeros(sequences, *x.shape[2:])
         start, start_h = _start((empty, empty) if state is None else state)
         rate = self._rate(x)
-        before, m, last = _maxima(x.detach(), rate.detach().double(), start, cu_seqlens)
+        x_, rate_ = x.detach(), rate.detach().double()
+        if context.active():
+            last = _maxima(x_, rate_, start, None)[2]
+            start = context.fold(start.double(), _next_maximum, last, rate_.sum(1))
+        before, m, last = _maxima(x_, rate_, start, cu_seqlens)
         weight, g = _relative(x, rate, before, m)
         h, last_h = scan(
             g.flatten(2), weight.flatten(2), state=start_h.flatten(1), cu_seqlens=cu_seqlens
@@ -110,6 +114,11 @@ def _relative(x: Tensor, rate: Tensor, before: Tensor, m: Tensor) -> tuple[Tenso
     g = torch.where(before > LOWEST, before - m - rate, 0.0)
     g = g - g.detach().clamp(min=0)  # rounding may leave one above zero
     return (x - m).exp().to(x.dtype), g.to(x.dtype)
+
+
+def _next_maximum(m: Tensor, last: Tensor, fall: Tensor) -> Tensor:
+    """The maximum after a rank whose tokens leave ``last`` and fall by ``fall`` in all."""
+    return torch.maximum(m - fall, last)
 
 
 def _maxima(

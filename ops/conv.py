@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flacompile.ops import context
 from flacompile.ops.define import define
-from flacompile.ops.validate import check_conv
+from flacompile.ops.validate import check_conv, expect
 
 Pair = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -56,7 +57,23 @@ def conv(
     if state is None:
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         state = x.new_zeros(sequences, weight.shape[1] - 1, x.shape[2])
+    if context.active():
+        context.whole_sequences(cu_seqlens)
+        state = inputs_before(x, state)
     return _forward(x, weight, bias, state, cu_seqlens)
+
+
+def inputs_before(x: Tensor, state: Tensor) -> Tensor:
+    """The W - 1 inputs before x [B, T, C], those at the end of the rank before if there is one.
+
+    Args:
+        state: [B, W - 1, C], those before the sequence.
+    """
+    if not context.active():
+        return state
+    reach = state.shape[1]
+    expect(x.shape[1] >= reach, "x", f"at least {reach} tokens in context_parallel", x.shape[1])
+    return context.incoming(state, x[:, x.shape[1] - reach :], None)
 
 
 def conv_step(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: Tensor) -> Pair:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flacompile.ops import context
 from flacompile.ops.chunked_dplr import CHUNK, LONGEST, chunked_sweep, folds, loop
 from flacompile.ops.chunked_reads import chunked_reads
 from flacompile.ops.closed_backward import decay_gradient
@@ -113,8 +114,25 @@ def run(
         accumulator = torch.promote_types(q.dtype, torch.float32)
         state = q.new_zeros(sequences, *q.shape[2:], v.shape[3], dtype=accumulator)
     g = g if g is None else g.to(state.dtype)
+    if context.active():
+        context.whole_sequences(cu_seqlens)
+        state = _incoming(q, k, v, g, a, b, state, scale)
     o, final, _ = _forward(q, k, v, g, a, b, state, cu_seqlens, scale)
     return o, final
+
+
+def _incoming(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """The state before this rank's tokens; K more columns without values carry the identity."""
+    size = q.shape[3]
+    unit = torch.eye(size, dtype=state.dtype, device=state.device).expand(*state.shape[:3], size)
+    values = torch.cat((v, torch.zeros_like(k)), -1)
+    start = torch.cat((state, unit), -1)
+    _, final, _ = _forward(q, k, values, g, a, b, start, None, scale)
+    left, transition = final.split((v.shape[3], size), -1)
+    return context.incoming(state, left, transition, torch.matmul)
 
 
 def decomposed(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flacompile.ops import context
 from flacompile.ops.chunked import CHUNK, chunked
 from flacompile.ops.closed_backward import decay_gradient, gradients
 from flacompile.ops.define import define
@@ -64,7 +65,20 @@ def linear_attn(
         state = q.new_zeros(sequences, *_state_shape(q, v), dtype=_accumulator(q))
     gk = gk if gk is None else gk.to(state.dtype)
     gv = gv if gv is None else gv.to(state.dtype)
+    if context.active():
+        context.whole_sequences(cu_seqlens)
+        left = _forward(q, k, v, gk, gv, state, None, scale)[1]
+        state = context.incoming(state, left, _decay(gk, gv, state))
     return _forward(q, k, v, gk, gv, state, cu_seqlens, scale)
+
+
+def _decay(gk: Tensor | None, gv: Tensor | None, state: Tensor) -> Tensor:
+    """What all tokens together leave of a state, [B, H, K or 1, V or 1]."""
+    total = state.new_zeros(*state.shape[:2], 1, 1)
+    for g, axis in ((gk, -1), (gv, -2)):
+        if g is not None:
+            total = total + (g if g.ndim == 4 else g[..., None]).sum(1).unsqueeze(axis)
+    return total.exp()
 
 
 def linear_attn_step(

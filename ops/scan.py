@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flacompile.ops import context
 from flacompile.ops.define import define
 from flacompile.ops.pairs import scan_, scan_chunks, sequences
 from flacompile.ops.validate import check_scan
@@ -45,7 +46,12 @@ def scan(
         num_sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         dtype = torch.promote_types(x.dtype, torch.float32)
         state = x.new_zeros(num_sequences, x.shape[2], dtype=dtype)
-    return _forward(g.to(state.dtype), x, state, cu_seqlens)
+    g = g.to(state.dtype)
+    if context.active():
+        context.whole_sequences(cu_seqlens)
+        left = _forward(g, x, state, None)[1]
+        state = context.incoming(state, left, g.sum(1).exp())
+    return _forward(g, x, state, cu_seqlens)
 
 
 def scan_step(g: Tensor, x: Tensor, *, state: Tensor) -> Pair:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flacompile.ops import context
 from flacompile.ops.define import define
 from flacompile.ops.pairs import scan_, scan_chunks, sequences
 from flacompile.ops.validate import check_selective_scan
@@ -66,6 +67,10 @@ def selective_scan(
         dtype = torch.promote_types(u.dtype, torch.float32)
         state = u.new_zeros(num_sequences, *A.shape, dtype=dtype)
     dt, A = dt.to(state.dtype), A.to(state.dtype)
+    if context.active():
+        context.whole_sequences(cu_seqlens)
+        left = _forward(u, dt, A, B, C, state, None, SPAN)[1]
+        state = context.incoming(state, left, (dt.sum(1)[..., None] * A).exp())
     return _forward(u, dt, A, B, C, state, cu_seqlens, SPAN)[:2]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flacompile.ops import linear_attn, linear_attn_step
+from flacompile.ops import context, linear_attn, linear_attn_step
 from flacompile.ops.validate import check_shape, expect
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class Tokens(NamedTuple):
             position = (seen[segment] + since)[None]
             return cls(position, seen + cu_seqlens.diff(), None, cu_seqlens, segment, since)
         seen = time.new_zeros(x.shape[0]) if seen is None else seen
+        if context.active():
+            seen = seen + context.tokens_before(x.shape[1], x.device)
         return cls(
             seen[:, None] + time, seen + (x.shape[1] if lengths is None else lengths), lengths
         )
@@ -188,6 +190,15 @@ class Mixer(nn.Module):
     ) -> None:
         """Raises ValueError, naming the argument, for whatever does not fit this mixer."""
         expect(x.ndim == 3, "x", "shape [B, T, D]", tuple(x.shape))
+        if context.active():
+            expect(
+                isinstance(self, RecurrentMixer),
+                "mixer",
+                "a recurrent one in context_parallel",
+                type(self),
+            )
+            for name, given in (("state", state), ("mask", mask), ("cu_seqlens", cu_seqlens)):
+                expect(given is None, name, "None in context_parallel", type(given))
         width = self.config.hidden_size
         expect(x.shape[2] == width, "x", f"a last dimension of {width}", tuple(x.shape))
         num_sequences = x.shape[0]

@@ -123,6 +123,11 @@ class QKVMixer(Mixer):
         """The one of attention's projections that is called "q", "k", "v" or "o"."""
         return self.get_submodule(self.places[name])  # type: ignore[return-value]
 
+    @property
+    def layers_by_head(self) -> list[nn.Linear]:
+        q, layers = self.projection("q"), super().layers_by_head
+        return layers if q in layers else [q, *layers]
+
     def _projections(self) -> list[nn.Linear]:
         return [self.projection(name) for name in "qkv"]
 

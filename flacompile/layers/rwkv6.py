@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flacompile.blocks import activation, at_least_fp32, token_shift
 from flacompile.layers.base import Tokens, repeat_heads
 from flacompile.layers.rwkv import LowRank, RWKVAttention, bonus
-from flacompile.ops import linear_attn, linear_attn_step
+from flacompile.ops import context, linear_attn, linear_attn_step
 
 if TYPE_CHECKING:
     from flacompile.passes.sites import AttentionWeights
@@ -106,6 +107,11 @@ class RWKV6Attention(RWKVAttention):
         """
         r, k, v, w = inputs[:4]
         first = None if state is None else state[0]
+        if context.active():  # the state before these tokens is known to the op alone
+            k, v, w = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (k, v, w))
+            r = F.pad(r, (0, 0, 0, 0, 0, 1))
+            o, last = linear_attn(r, k, v, w, scale=self.scale, state=first)
+            return o[:, :-1], (last,)
         o, last = linear_attn(
             r.roll(-1, 1), k, v, w, scale=self.scale, state=first, cu_seqlens=cu_seqlens
         )

@@ -1,0 +1,291 @@
+"""What two processes do together, each check against one process that has everything.
+
+``run`` starts the processes once for all of ``CHECKS``: name -> function of a mesh of two ranks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from mixer_cases import SIZES, variants
+from mixer_inputs import WIDTH
+from models import MODELS
+from op_cases import OPS, Draw, error, function, gradients, leaves, tokens
+from torch.distributed.tensor import (
+    DeviceMesh,
+    DTensor,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import flacompile
+from flacompile.layers import MIXERS
+from flacompile.ops.sharding import AXES
+from flacompile.parallel import MixerParallel, context_parallel, tensor_parallel_plan
+
+TIME, CUT = 29, 13  # tokens in all, and those of rank 0
+BOUND = 1e-12
+SPLIT = ["gla", "mamba2", "rwkv7", "gated_deltaproduct"]  # one of every op, and of every layout
+IN_TURN = ["mamba", "mamba2", "rwkv6", "rwkv7", "hgrn", "abc", "gla"]  # all that look back
+
+
+def random(*shape):
+    generator = torch.Generator().manual_seed(len(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def own(mesh):
+    """The tokens of this rank."""
+    return slice(0, CUT) if mesh.get_local_rank() == 0 else slice(CUT, None)
+
+
+def full(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def alike(what, got, want):
+    """Trees of tensors; next to zero where one process has zero but for rounding."""
+    assert got.shape == want.shape, what
+    assert (got - want).norm() <= BOUND * (1 + want.norm()), what
+
+
+def sharded(x, axes, split, mesh):
+    """x split where one of the axes ``split`` is, a leaf."""
+    at = [i for i, axis in enumerate(axes) if axis in split and x.shape[i] > 1]
+    return distribute_tensor(x.detach(), mesh, [Shard(at[0]) if at else Replicate()])
+
+
+def ops_run_on_their_part(split):
+    """Without a message in the forward, and with the gradients of one process."""
+
+    def check(mesh: DeviceMesh):
+        for name, op in OPS.items():
+            first = AXES.get(f"{name}_forward", "BTHK BTHK BTHV BTHK BTH BHKV ->")
+            axes = [x for x in first.split(" -> ")[0].split() if len(x) > 1 or x == "C"]
+            for variant in [*op.variants][:: 4 if name == "linear_attn" else 2]:
+                want_args = leaves(op.tensors(variant, Draw(2, TIME, 0.3)))
+                want = function(name)(*want_args[:-1], **op.options, state=want_args[-1])
+                args = leaves(
+                    [
+                        x if x is None else sharded(x, letters, split, mesh)
+                        for x, letters in zip(want_args, axes, strict=False)
+                    ]
+                )
+                with CommDebugMode() as messages:
+                    got = function(name)(*args[:-1], **op.options, state=args[-1])
+                assert messages.get_total_counts() == 0, (name, variant)
+                got = tuple(map(full, got))
+                found = zip(
+                    (*got, *gradients(got, args)),
+                    (*want, *gradients(want, want_args)),
+                    strict=True,
+                )
+                for i, (a, b) in enumerate(found):
+                    assert b is None or error(full(a), b) < BOUND, (name, variant, i)
+
+    return check
+
+
+def ops_take_the_state_of_the_rank_before(mesh: DeviceMesh):
+    last = mesh.get_local_rank() == mesh.size() - 1
+    for name, op in OPS.items():
+        for variant in op.variants:
+            args = leaves(op.tensors(variant, Draw(2, TIME, 0.3)))
+            local = tokens(name, args[:-1], own(mesh))
+            first = torch.zeros_like(args[-1]) if mesh.get_local_rank() else args[-1]
+            local = leaves([*local, first])
+            y, final = function(name)(*args[:-1], **op.options, state=args[-1])
+            with context_parallel(mesh):
+                y_own, final_own = function(name)(*local[:-1], **op.options, state=local[-1])
+            alike((name, variant), y_own, y[:, own(mesh)])
+            if last:
+                alike((name, variant), final_own, final)
+            weight, weight_final = random(*y.shape), random(*final.shape)
+            want = (y * weight).sum() + (final * weight_final).sum()
+            got = (y_own * weight[:, own(mesh)]).sum() + last * (final_own * weight_final).sum()
+            names, found = (*op.names, "state"), (grads(got, local), grads(want, args))
+            for key, a, b in zip(names, *found, strict=True):
+                if b is None or (key == "state" and mesh.get_local_rank()):
+                    continue
+                if key in op.weights:
+                    dist.all_reduce(a)
+                elif key != "state":
+                    b = b[:, own(mesh)]
+                alike((name, variant, key), a, b)
+
+
+def grads(loss, args):
+    given = [x for x in args if x is not None]
+    found = iter(torch.autograd.grad(loss, given, materialize_grads=True, allow_unused=True))
+    return [x if x is None else next(found) for x in args]
+
+
+def mixer(name):
+    """As a conversion makes it where that is a variant, with no weight at zero."""
+    fields = variants(name)
+    fields = fields.get("converted", next(iter(fields.values())))
+    torch.manual_seed(0)
+    sizes = {"num_heads": 4} | SIZES.get(name, {}) if name != "mamba2" else SIZES[name]
+    made = MIXERS[name](MIXERS[name].Config(hidden_size=WIDTH, **(sizes | fields))).double()
+    for parameter in made.parameters():
+        parameter.data.add_(0.1 * random(*parameter.shape))
+    return made
+
+
+def trained(module, x, weight):
+    """y, the state, and the gradients of x and of the parameters, whole."""
+    x = x.detach().requires_grad_()
+    y, state = module(x)
+    (y * weight).sum().backward()
+    found = {k: full(p.grad) for k, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return y.detach(), state, found | {"x": x.grad}
+
+
+def mixers_are_split_by_heads(mesh: DeviceMesh):
+    for name in SPLIT:
+        module, x, weight = mixer(name), random(2, TIME, WIDTH), random(2, TIME, WIDTH).cos()
+        y, state, want = trained(module, x, weight)
+        step, _ = module.step(x[:, 0], state)
+        parallelize_module(module, mesh, MixerParallel())
+        y_split, state, found = trained(module, x, weight)
+        for key in want:
+            alike((name, key), found[key], want[key])
+        alike(name, y_split, y)
+        alike(name, module.step(x[:, 0], state)[0], step)
+
+
+def mixers_take_the_state_of_the_rank_before(mesh: DeviceMesh):
+    for name in IN_TURN:
+        module, x, weight = mixer(name), random(2, TIME, WIDTH), random(2, TIME, WIDTH).cos()
+        y, _, want = trained(module, x, weight)
+        with context_parallel(mesh):
+            y_own, _, found = trained(module, x[:, own(mesh)], weight[:, own(mesh)])
+        alike(name, y_own, y[:, own(mesh)])
+        x_own = found.pop("x")
+        alike(name, x_own, want.pop("x")[:, own(mesh)])
+        for key in want:
+            dist.all_reduce(found[key])
+            alike((name, key), found[key], want[key])
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with context_parallel(mesh):
+        found_compiled = trained(compiled, x[:, own(mesh)], weight[:, own(mesh)])
+    alike("compiled", found_compiled[0], y_own)
+    alike("compiled", found_compiled[2]["x"], x_own)
+
+
+def converted(name):
+    model, (ids,), _ = MODELS[name]()
+    return flacompile.finalize(flacompile.convert(model.double(), "gla")), ids
+
+
+def a_converted_model_is_split_like_the_original(mesh: DeviceMesh):
+    model, ids = converted("llama")
+    want = model(ids).logits
+    want.square().mean().backward()
+    gradient = {k: p.grad for k, p in model.named_parameters()}
+    model.zero_grad()
+    plan = tensor_parallel_plan(model) | {
+        "model.layers.*.mlp.gate_proj": ColwiseParallel(),
+        "model.layers.*.mlp.up_proj": ColwiseParallel(),
+        "model.layers.*.mlp.down_proj": RowwiseParallel(),
+    }
+    parallelize_module(model, mesh, plan)
+    part = model.model.layers[0].self_attn.mixer.q_proj.weight
+    assert part.to_local().numel() * mesh.size() == part.numel()
+    logits = model(ids).logits
+    alike("logits", logits, want)
+    logits.square().mean().backward()
+    for key, p in model.named_parameters():
+        alike(key, full(p.grad), gradient[key])
+    ids = ids[:, :5]
+    with torch.no_grad():
+        longer = model.generate(ids, max_new_tokens=4, do_sample=False)
+        for t in range(5, 9):
+            assert longer[:, t].equal(model(longer[:, :t]).logits[:, -1].argmax(-1))
+
+
+def a_converted_model_reads_a_part_of_the_sequence(mesh: DeviceMesh):
+    model, ids = converted("llama")
+    want = model(ids).logits
+    with context_parallel(mesh):
+        logits = model(ids[:, own(mesh)], use_cache=False).logits
+    alike("logits", logits, want[:, own(mesh)])
+
+
+def what_cannot_be_split_is_refused(mesh: DeviceMesh):
+    q, x = torch.ones(1, 4, 2, 3), torch.ones(1, 4, WIDTH, dtype=torch.float64)
+    with context_parallel(mesh):
+        with pytest.raises(ValueError, match="got softmax attention"):
+            F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        with pytest.raises(ValueError, match="cu_seqlens: expected None in context_parallel"):
+            flacompile.ops.linear_attn(q, q, q, cu_seqlens=torch.tensor([0, 1, 4]))
+        with pytest.raises(ValueError, match="x: expected at least 3 tokens"):
+            flacompile.ops.conv(q[:, :2, 0], torch.ones(3, 4))
+        with pytest.raises(ValueError, match="mixer: expected a recurrent one"):
+            mixer("attn")(x)
+        with pytest.raises(ValueError, match="mask: expected None"):
+            mixer("gla")(x, mask=torch.ones(1, 4))
+        with pytest.raises(ValueError, match="one context at a time"), context_parallel(mesh):
+            pass
+        with pytest.raises(ValueError, match="got a DTensor"):
+            flacompile.ops.linear_attn(*[distribute_tensor(q, mesh, [Replicate()])] * 3)
+    with pytest.raises(ValueError, match="device_mesh: expected a divisor of the 3 heads"):
+        config = MIXERS["hgrn2"].Config(hidden_size=WIDTH, expand_ratio=16)
+        parallelize_module(MIXERS["hgrn2"](config), mesh, MixerParallel())
+    with pytest.raises(ValueError, match="device_mesh: expected a divisor of the 3 groups"):
+        config = MIXERS["mamba2"].Config(hidden_size=WIDTH, **SIZES["mamba2"], n_groups=3)
+        parallelize_module(MIXERS["mamba2"](config), mesh, MixerParallel())
+    with pytest.raises(ValueError, match="module: expected a recurrent mixer, got Attention"):
+        parallelize_module(mixer("attn"), mesh, MixerParallel())
+
+
+CHECKS = {
+    "ops split by batch": ops_run_on_their_part("B"),
+    "ops split by heads": ops_run_on_their_part("HCG"),
+    "ops in turn": ops_take_the_state_of_the_rank_before,
+    "mixers split by heads": mixers_are_split_by_heads,
+    "mixers in turn": mixers_take_the_state_of_the_rank_before,
+    "model split by heads": a_converted_model_is_split_like_the_original,
+    "model in turn": a_converted_model_reads_a_part_of_the_sequence,
+    "refusals": what_cannot_be_split_is_refused,
+}
+
+
+def _work(rank: int, size: int, folder: Path):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    mesh = init_device_mesh("cpu", (size,))
+    results = {}
+    for name, check in CHECKS.items():
+        try:
+            check(mesh)
+            results[name] = ""
+        except BaseException:
+            results[name] = traceback.format_exc()
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def run(folder: Path, size: int = 2) -> dict[str, str]:
+    """What failed in each check, in any process."""
+    torch.multiprocessing.spawn(_work, (size, folder), size)
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+    return {name: "\n".join(filter(None, (x[name] for x in found))) for name in CHECKS}
