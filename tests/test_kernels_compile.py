@@ -14,6 +14,9 @@ SHARED = 99 * 1024  # what a block may have on sm_86 and sm_89, the smallest of 
 pytestmark = pytest.mark.slow
 
 
+SPILLS = ("fp32, 256x256", "gk gv, bf16, 256x256", "gk gv, fp16, 256x256")
+
+
 def missing_tool() -> str | None:
     from triton import knobs
 
@@ -37,5 +40,5 @@ def test_every_variant_compiles_and_fits(tmp_path):
         # On tensor cores the larger tile is faster though it spills; the others named are slow and
         # known to be.
         wide = row["name"].startswith("dplr") and row["name"].endswith(("128x128", "256x256"))
-        if not wide and not row["name"].endswith("fp32, 256x256"):
+        if not wide and not row["name"].endswith(SPILLS):
             assert row["stack"] <= (256 if "fp32" in row["name"] else 1024), row
