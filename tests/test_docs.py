@@ -50,3 +50,24 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     for name in chain(page):
         for block in blocks(name):
             exec(compile(block, str(ROOT / name), "exec"), module.__dict__)
+
+
+def messages() -> list[str]:
+    """The errors that docs/faq.md explains."""
+    return re.findall(r"^### `(.*)`$", (ROOT / "docs/faq.md").read_text(), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def source() -> str:
+    """All code as one text, the strings that a line break cuts put together."""
+    folders = (ROOT / name for name in ("flacompile", "ops", "passes"))
+    text = "\n".join(path.read_text() for folder in folders for path in folder.rglob("*.py"))
+    return re.sub(r'"\s+f?"', "", text)
+
+
+@pytest.mark.parametrize("message", messages())
+def test_explained_errors_exist(message, source):
+    """The message stands in the code: an argument's name and what is expected may be apart."""
+    name, _, expected = message.partition(": expected ")
+    found = message in source or (f'"{name}"' in source and f'"{expected}' in source)
+    assert found, message
