@@ -7,13 +7,14 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import flacompile
-from flacompile.distill import Recipe, Stage
+from flacompile.distill import PRESETS, Recipe, read_recipe
 from flacompile.evaluate import Suite
 from flacompile.evaluate.page import markdown
 from flacompile.export import STAGES
@@ -40,7 +41,10 @@ def parser() -> argparse.ArgumentParser:
     distill = add("distill", "Convert, then train the mixers and the model to match the teacher.")
     for command in (convert, distill):
         command.add_argument("model", help="the teacher: a model folder or a .gguf file")
-    distill.add_argument("data", help="UTF-8 text to distil on, paragraphs apart by blank lines")
+    distill.add_argument(
+        "data", help="UTF-8 text, paragraphs apart by blank lines; .jsonl or .parquet; tokens in "
+        ".npy or .bin; a pattern of such files; or self: what the teacher writes",
+    )  # fmt: skip
     for command in (convert, distill):
         command.add_argument("out", type=Path, help="folder for the converted model and reports")
         command.add_argument(
@@ -57,11 +61,16 @@ def parser() -> argparse.ArgumentParser:
             "--init", default="calibrated", choices=["neutral", "calibrated"],
             help="neutral copies weights; calibrated also fits decay and scale of every head",
         )  # fmt: skip
-    distill.add_argument("--minutes", type=float, help="wall time of both stages together")
-    distill.add_argument("--align-steps", type=int, default=300, help="default: %(default)s")
-    distill.add_argument("--logits-steps", type=int, default=300, help="default: %(default)s")
-    distill.add_argument("--batch-size", type=int, default=16, help="rows; default: %(default)s")
-    distill.add_argument("--length", type=int, default=128, help="tokens a row; %(default)s")
+    distill.add_argument(
+        "--recipe", default="small", help=f"a YAML file, or one of {', '.join(PRESETS)}; the "
+        "options below change it; default: %(default)s",
+    )  # fmt: skip
+    distill.add_argument("--minutes", type=float, help="wall time of align and logits together")
+    distill.add_argument("--align-steps", type=int, help="steps of align")
+    distill.add_argument("--logits-steps", type=int, help="steps of logits")
+    distill.add_argument("--batch-size", type=int, help="rows of a step")
+    distill.add_argument("--length", type=int, help="tokens of a row")
+    distill.add_argument("--tensorboard", action="store_true", help="events in OUT/tensorboard too")
 
     evaluate = add("eval", "Measure a model on text, its teacher beside it: loss, recall, speed.")
     evaluate.add_argument("model", help="a folder written by convert or distill, or any other")
@@ -158,6 +167,7 @@ def generate_from_package(package: Path, ids: list[int], tokens: int) -> list[in
 def run(options: argparse.Namespace) -> None:
     """Carries out one parsed command."""
     if options.command in ("convert", "distill"):
+        recipe = recipe_of(options) if options.command == "distill" else Recipe()
         model, tokenizer = read_model(options.model)
         flacompile.convert(
             model, options.mixer, keep=read_keep(options.keep), window=options.window,
@@ -165,7 +175,7 @@ def run(options: argparse.Namespace) -> None:
         )  # fmt: skip
         print(flacompile.report(model))
         if options.command == "distill":
-            print(_distill(model, tokenizer, options))
+            print(_distill(model, tokenizer, recipe, options))
         model.save_pretrained(options.out)
         tokenizer.save_pretrained(options.out)
         print(f"wrote {options.out}")
@@ -182,15 +192,40 @@ def run(options: argparse.Namespace) -> None:
         print(_generate(options))
 
 
-def _distill(model: Any, tokenizer: Any, options: argparse.Namespace) -> str:
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe that was named, with what other options change of it."""
+    recipe = read_recipe(options.recipe)
     half = options.minutes and options.minutes / 2
-    recipe = Recipe(
-        align=Stage(steps=options.align_steps, minutes=half),
-        logits=Stage(steps=options.logits_steps, minutes=half, mixer_lr=1e-3, rest_lr=3e-4),
-        batch_size=options.batch_size,
-        sequence_length=options.length,
+    stages = {
+        name: replace(
+            stage,
+            steps=stage.steps if steps is None else steps,
+            minutes=stage.minutes if half is None else half,
+            batch_size=options.batch_size or stage.batch_size,
+            sequence_length=options.length or stage.sequence_length,
+        )
+        for name, stage, steps in (
+            ("align", recipe.align, options.align_steps),
+            ("logits", recipe.logits, options.logits_steps),
+        )
+    }
+    return replace(
+        recipe,
+        **stages,
+        batch_size=options.batch_size or recipe.batch_size,
+        sequence_length=options.length or recipe.sequence_length,
     )
-    flacompile.distill(model, options.data, recipe, tokenizer=tokenizer, out=options.out)
+
+
+def _distill(model: Any, tokenizer: Any, recipe: Recipe, options: argparse.Namespace) -> str:
+    flacompile.distill(
+        model,
+        None if options.data == "self" else options.data,
+        recipe,
+        tokenizer=tokenizer,
+        out=options.out,
+        tensorboard=options.tensorboard,
+    )
     return (options.out / "distill.md").read_text()
 
 

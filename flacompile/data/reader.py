@@ -48,6 +48,7 @@ class Reader:
         seed: of the order.
         documents: whether rows are packed documents, with ``position_ids`` and ``cu_seqlens``.
         separator: the token that begins a document, where the corpus does not know.
+        vocabulary: token ids are below it; None: not checked.
         rank: which of the processes this is.
         world_size: how many processes there are.
     """
@@ -59,6 +60,7 @@ class Reader:
     seed: int = 0
     documents: bool = False
     separator: int | None = None
+    vocabulary: int | None = None
     rank: int = 0
     world_size: int = 1
 
@@ -93,6 +95,7 @@ class Reader:
     def _batch(self, first: int, size: int) -> Batch:
         begins = [self._begin(row) for row in range(first, first + size)]
         ids = torch.stack([self.corpus.tokens[b : b + self.sequence_length].long() for b in begins])
+        check_ids(ids, self.vocabulary)
         if not self.documents:
             return Batch(ids)
         is_first = torch.stack([self._starts(b, row) for b, row in zip(begins, ids, strict=True)])
@@ -122,6 +125,14 @@ class Reader:
         is_first = torch.zeros_like(ids, dtype=torch.bool)
         is_first[self.corpus.starts[first:last] - begin] = True
         return is_first
+
+
+def check_ids(ids: Tensor, vocabulary: int | None) -> None:
+    """Raises ValueError unless all token ids are in the vocabulary."""
+    if vocabulary is not None:
+        low, high = (int(x) for x in ids.aminmax())
+        inside = low >= 0 and high < vocabulary
+        expect(inside, "data", f"token ids from 0 to {vocabulary - 1}", f"{low} to {high}")
 
 
 @functools.lru_cache(maxsize=2)

@@ -55,7 +55,7 @@ class DataOptions:
 def read(
     data: Source,
     tokenizer: Any = None,
-    reading: DataOptions | None = None,
+    options: DataOptions | None = None,
     *,
     record: Path | None = None,
 ) -> Corpus:
@@ -63,13 +63,13 @@ def read(
 
     Files: UTF-8 text, whose documents are paragraphs apart by blank lines; .jsonl; .parquet; and
     tokens in .npy or .bin, which stay on the disk. Rows: mappings with a text or token ids under
-    ``reading.field``, as a ``datasets`` object yields them. Every document starts with the
+    ``options.field``, as a ``datasets`` object yields them. Every document starts with the
     tokenizer's bos token; with one that has none, it ends with the eos token.
 
     Args:
         data: see ``Source``.
         tokenizer: a transformers tokenizer, where there is text.
-        reading: default ``DataOptions()``.
+        options: default ``DataOptions()``.
         record: a file that rows of unknown number (streams) are written to and, once it is there,
             read from instead, so that a run resumes on the same tokens.
 
@@ -77,23 +77,23 @@ def read(
         ValueError: a file that is not there, empty, or not what its name says; text without a
             tokenizer; rows without the field; tokens that are no vector of integers.
     """
-    reading = reading or DataOptions()
+    options = options or DataOptions()
     if isinstance(data, Corpus):
         return data
     if isinstance(data, Tensor):
-        return Corpus(_vector(data)[: reading.limit])
+        return Corpus(_vector(data)[: options.limit])
     paths = _paths(data)
     if paths is None:
-        rows = _rows(data, reading.field)  # type: ignore[arg-type]
+        rows = _rows(data, options.field)  # type: ignore[arg-type]
         if record is not None and not hasattr(data, "__len__"):
-            return _recorded(rows, tokenizer, reading, record)
-        return _encode(rows, tokenizer, reading.limit, "the rows")
+            return _recorded(rows, tokenizer, options, record)
+        return _encode(rows, tokenizer, options.limit, "the rows")
     if all(path.suffix in (".npy", ".bin") for path in paths):
-        parts = [_token_file(path, reading.dtype) for path in paths]
+        parts = [_token_file(path, options.dtype) for path in paths]
         tokens = parts[0] if len(parts) == 1 else torch.cat([part.long() for part in parts])
-        return Corpus(tokens[: reading.limit])
-    documents = itertools.chain.from_iterable(_documents(p, reading.field) for p in paths)
-    return _encode(documents, tokenizer, reading.limit, ", ".join(map(str, paths)))
+        return Corpus(tokens[: options.limit])
+    documents = itertools.chain.from_iterable(_documents(p, options.field) for p in paths)
+    return _encode(documents, tokenizer, options.limit, ", ".join(map(str, paths)))
 
 
 def _vector(tokens: Tensor) -> Tensor:
@@ -241,14 +241,14 @@ def _tokenize(documents: list[Any], tokenizer: Any, where: str) -> list[list[int
 
 
 def _recorded(
-    documents: Iterator[str | list[int]], tokenizer: Any, reading: DataOptions, record: Path
+    documents: Iterator[str | list[int]], tokenizer: Any, options: DataOptions, record: Path
 ) -> Corpus:
     """A stream's tokens: written down the first time, later read from there."""
     first = next(documents, None)
-    name = [first, reading.field, reading.limit]
+    name = [first, options.field, options.limit]
     if not record.exists():
         stream = itertools.chain([] if first is None else [first], documents)
-        corpus = _encode(stream, tokenizer, reading.limit, "the stream")
+        corpus = _encode(stream, tokenizer, options.limit, "the stream")
         state = {"name": name, "tokens": corpus.tokens, "starts": corpus.starts}
         write_atomically(record, lambda temporary: torch.save(state, temporary))
     state = torch.load(record, mmap=True, weights_only=True)

@@ -9,9 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flacompile.data import Corpus, DataOptions, Reader, Source, read
+from flacompile.data import (
+    Corpus,
+    DataOptions,
+    Reader,
+    Source,
+    check_ids,
+    own_samples,
+    read,
+)
 from flacompile.distill import checkpoint, report
 from flacompile.distill.checkpoint import Run
+from flacompile.distill.checks import check_lengths, check_packs, check_teacher
 from flacompile.distill.metrics import Metrics, Score, score
 from flacompile.distill.optimizer import make_optimizer
 from flacompile.distill.prepare import autocast, for_stage, fp32_weights, untied
@@ -72,22 +81,20 @@ def distill(
             the checkpoint in ``out`` is broken or of another run.
     """
     recipe, out = recipe or Recipe(), Path(out)
-    layers = swapped(model)
-    if not layers or any(layer.original is None for layer in layers.values()):
-        raise ValueError(
-            "model: expected a converted model that still has its teacher (convert, and not yet "
-            f"finalize), got {len(layers)} swapped attentions"
-        )
+    check_teacher(model)
+    check_lengths(model, recipe)
+    teacher, vocabulary = frozen_teacher(model), _vocabulary(model)
+    corpus = _corpus(data, tokenizer, recipe, teacher, out)
+    training, heldout = corpus.split(recipe.heldout, _longest(recipe), recipe.sequence_length)
+    rows = heldout.rows(recipe.eval_tokens, recipe.sequence_length)
+    check_ids(rows, vocabulary)
     device = next(model.parameters()).device
-    corpus = read(data, tokenizer, recipe.data, record=out / "stream.pt")
-    stages = {name: stage for name, stage in recipe.stages.items() if stage.steps}
-    longest = max((s.sequence_length or 0 for s in stages.values()), default=0)
-    training, heldout = corpus.split(recipe.heldout, longest, recipe.sequence_length)
-    rows = heldout.rows(recipe.eval_tokens, recipe.sequence_length).to(device)
-    teacher, precision = frozen_teacher(model), autocast(recipe, device)
+    rows, precision = rows.to(device), autocast(recipe, device)
+    model.eval()  # dropout would blur the teacher, and a resumed run would need its state
+    if recipe.data.documents:
+        check_packs(model, teacher, rows[0])
 
     run = Run(out, corpus.fingerprint())
-    model.eval()  # dropout would blur the teacher, and a resumed run would need its state
     with fp32_weights(model), untied(model, recipe):
         optimizer_state = checkpoint.restore(run, recipe, model)
         if optimizer_state is None:
@@ -96,7 +103,7 @@ def distill(
             with precision:
                 run.notes |= _bounds(model, teacher, rows)
         while run.stage != "done":
-            if run.stage in stages:
+            if recipe.stages[run.stage].steps:
                 _train(run, recipe, model, teacher, training, optimizer_state, tensorboard)
                 optimizer_state = None
             else:
@@ -111,7 +118,34 @@ def distill(
     return metrics
 
 
+SAMPLES = 1_000_000  # tokens that the teacher writes, unless the recipe has a limit
 ROUTES: dict[str, Route] = {"teacher": "original", "zero": "zero", "fresh": "mixer"}
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    return getattr(embeddings, "num_embeddings", None)
+
+
+def _longest(recipe: Recipe) -> int:
+    """Tokens of the longest row that is trained on."""
+    lengths = (s.sequence_length or 0 for s in recipe.stages.values() if s.steps)
+    return max(lengths, default=0)
+
+
+def _corpus(data: Source, tokenizer: Any, recipe: Recipe, teacher: nn.Module, out: Path) -> Corpus:
+    """What there is to read, or what the teacher writes."""
+    options = recipe.data
+    if data is not None:
+        return read(data, tokenizer, options, record=out / "stream.pt")
+    return own_samples(
+        teacher,
+        options.limit or SAMPLES,
+        recipe.sequence_length,
+        out / "samples",
+        temperature=options.temperature,
+        seed=recipe.seed,
+    )
 
 
 def _bounds(model: nn.Module, teacher: nn.Module, rows: Tensor) -> dict[str, Any]:
@@ -144,6 +178,7 @@ def _train(
         seed=recipe.seed * len(STAGES) + STAGES.index(name),
         documents=recipe.data.documents,
         separator=recipe.data.separator,
+        vocabulary=_vocabulary(model),
     )
     with for_stage(name, model, recipe, device):
         objective = make_objective(name, stage, model, teacher, autocast(recipe, device))
