@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flacompile
 from flacompile.data import read
-from flacompile.distill import Recipe, Stage, objectives
+from flacompile.distill import DataOptions, Recipe, Stage, objectives
 from flacompile.files import write_atomically
 from flacompile.passes.swap_attention import routed, student_state, swapped
 
@@ -153,6 +153,19 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
+RECIPES = {
+    "plain": TINY,
+    "everything": dataclasses.replace(
+        TINY,
+        logits=dataclasses.replace(TINY.logits, accumulate=2, patience=30),
+        long=Stage(steps=3, rest_lr=1e-4, sequence_length=32, schedule="wsd", target="data"),
+        data=DataOptions(documents=True, separator=0),
+        activation_checkpointing=True,
+        precision="bf16",
+    ),
+}
+
+
 def run(out: Path, name: str = "llama", recipe: Recipe = TINY, **arguments):
     model = student(name)
     flacompile.distill(model, stream(), recipe, out=out, **arguments)
@@ -164,20 +177,26 @@ def whole(tmp_path_factory):
     """Folder and weights of an uninterrupted run, by model."""
 
     @functools.cache
-    def get(name: str):
+    def get(name: str, recipe: str = "plain"):
         out = tmp_path_factory.mktemp(name)
-        return out, student_state(run(out, name))
+        return out, student_state(run(out, name, RECIPES[recipe]))
 
     return get
 
 
-KILLS = [*(("llama", call) for call in (1, 2, 3, 4, 5, 6)), ("gpt2", 2), ("gpt2", 5)]
+KILLS = [
+    *(("llama", "plain", call) for call in (1, 2, 3, 4, 5, 6)),
+    *(("gpt2", "plain", call) for call in (2, 5)),
+    *(("llama_tied", "everything", call) for call in (5, 8)),
+]
 
 
-@pytest.mark.parametrize(("name", "call"), KILLS)
-def test_killed_and_resumed_is_the_uninterrupted_run(call, name, whole, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("name", "recipe", "call"), KILLS)
+def test_killed_and_resumed_is_the_uninterrupted_run(
+    call, name, recipe, whole, monkeypatch, tmp_path
+):
     """gpt2 has dropout in its config, llama does not."""
-    uncut, want = whole(name)
+    uncut, want = whole(name, recipe)
     calls, step = [], torch.optim.AdamW.step
 
     def kill(self, *args, **kwargs):
@@ -188,18 +207,18 @@ def test_killed_and_resumed_is_the_uninterrupted_run(call, name, whole, monkeypa
 
     monkeypatch.setattr(torch.optim.AdamW, "step", kill)
     with pytest.raises(Killed):
-        run(tmp_path / "cut", name)
+        run(tmp_path / "cut", name, RECIPES[recipe])
     monkeypatch.undo()
     if (log := tmp_path / "cut" / "log.jsonl").exists():
         with log.open("a") as file:
             file.write('{"stage": "al')  # a line torn by the kill
     torch.manual_seed(1)  # another process has another random state
-    got = student_state(run(tmp_path / "cut", name))
+    got = student_state(run(tmp_path / "cut", name, RECIPES[recipe]))
     assert got.keys() == want.keys()
     assert all(v.equal(want[k]) for k, v in got.items())
     steps = [(r["stage"], r["step"], r["loss"]) for r in records(tmp_path / "cut")]
     expected = [(r["stage"], r["step"], r["loss"]) for r in records(uncut)]
-    assert steps == expected and len(steps) == 6
+    assert steps == expected and len(steps) == (6 if recipe == "plain" else 9)
 
 
 def test_killed_process_resumes(whole, tmp_path):
