@@ -1,0 +1,334 @@
+"""A package run without the model that it came from: checked input, sampling, text as it comes.
+
+AOTInductor does not check what it is given, so all is checked here: a strided token, another dtype
+or the states of another batch would run and give wrong numbers. This file imports torch alone and
+may be copied; as a program it takes and prints token ids:
+
+    python runner.py model.pt2 --ids 3,1,4 --tokens 20
+
+``runner/`` is the same in C++, with the same messages and, for the same seed, the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FACTS = (
+    "state_shapes", "state_dtypes", "position", "context", "vocabulary", "device", "torch",
+)  # fmt: skip
+PROCESSORS = ("DEFAULT", "AVX2", "AVX512")  # each runs what those before it run
+
+
+class Package:
+    """``prefill`` and ``decode`` of a ``.pt2`` package that ``flacompile.export`` wrote.
+
+    Its metadata is checked before its code is loaded, and every input before its code sees it.
+
+    Args:
+        path: the package.
+
+    Raises:
+        ValueError: no such package, or one made for another device, processor or torch.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from torch.export.pt2_archive._package import load_pt2
+
+        self.facts = read_facts(path)
+        check_machine(self.facts)
+        self.device = torch.device(self.facts["device"])
+        self._dtypes = [getattr(torch, name) for name in self.facts["state_dtypes"]]
+        loaded = load_pt2(str(path)).aoti_runners  # load_package would load both twice
+        self._prefill, self._decode = (loaded[name].loader.run for name in ("prefill", "decode"))
+
+    def prefill(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """The state of B sequences after T tokens.
+
+        Args:
+            ids: [B, T] int64, T >= 1.
+
+        Returns:
+            Logits after the last token [B, vocabulary], then the states.
+
+        Raises:
+            ValueError: another shape, dtype, layout or device, or ids not in the vocabulary.
+        """
+        shape = list(ids.shape)
+        fits = len(shape) == 2 and min(shape) > 0
+        expect(fits, "ids", "shape [B, T], both at least 1", shape)
+        self._check_ids("ids", ids)
+        context = self.facts["context"]
+        if context is not None:
+            expect(shape[1] <= context, "ids", f"at most {context} tokens", shape[1])
+        return tuple(self._prefill([ids]))
+
+    def decode(self, token: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """One more token of each sequence.
+
+        Args:
+            token: [B, 1] int64.
+            states: as ``prefill`` or ``decode`` gave them, of as many sequences.
+
+        Returns:
+            Logits [B, vocabulary], then the next states.
+
+        Raises:
+            ValueError: as ``prefill``, also for each state, or a sequence is full.
+        """
+        shape = list(token.shape)
+        fits = len(shape) == 2 and shape[0] > 0 and shape[1] == 1
+        expect(fits, "token", "shape [B, 1], B at least 1", shape)
+        self._check_ids("token", token)
+        self._check_states(states, shape[0])
+        return tuple(self._decode([token, *states]))
+
+    def _check_ids(self, name: str, ids: Tensor) -> None:
+        self._check_layout(name, ids, torch.int64)
+        low, high = torch.stack(ids.aminmax()).tolist()
+        last = self.facts["vocabulary"] - 1
+        expect(low >= 0 and high <= last, name, f"0 to {last}", low if low < 0 else high)
+
+    def _check_states(self, states: Sequence[Tensor], batch: int) -> None:
+        shapes = self.facts["state_shapes"]
+        expect(len(states) == len(shapes), "states", f"{len(shapes)} tensors", len(states))
+        for i, (state, shape) in enumerate(zip(states, shapes, strict=True)):
+            want = [batch, *shape[1:]]
+            got = list(state.shape)
+            expect(got == want, f"states[{i}]", f"shape {want}", got)
+            self._check_layout(f"states[{i}]", state, self._dtypes[i])
+        context = self.facts["context"]
+        if context is not None:
+            i = self.facts["position"]
+            low, high = torch.stack(states[i].aminmax()).tolist()
+            fits = low >= 0 and high < context
+            expect(fits, f"states[{i}]", f"0 to {context - 1}", low if low < 0 else high)
+
+    def _check_layout(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
+        expect(x.dtype == dtype, name, type_name(dtype), type_name(x.dtype))
+        expect(x.device.type == self.device.type, name, f"device {self.device.type}", x.device.type)
+        expect(x.is_contiguous(), name, "a contiguous tensor", f"strides {list(x.stride())}")
+
+
+def expect(fits: bool, name: str, expected: object, got: object) -> None:
+    """Raises the ValueError that every refusal here is."""
+    if not fits:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """The metadata of a package: those of FACTS, and what AOTInductor adds.
+
+    Raises:
+        ValueError: not a package that ``flacompile.export`` wrote.
+    """
+    loader: Any = torch._C._aoti.AOTIModelPackageLoader  # type: ignore[attr-defined]
+    try:
+        texts = loader.load_metadata_from_package(str(path), "prefill")
+    except RuntimeError as error:
+        raise ValueError(f"package: expected a .pt2 package, got {path}: {error}") from error
+    missing = [name for name in FACTS if name not in texts]
+    expect(not missing, "package", "one of flacompile.export", f"{path} without {missing}")
+    return texts | {name: json.loads(texts[name]) for name in FACTS}
+
+
+def check_machine(facts: dict[str, Any]) -> None:
+    """Raises ValueError if a package with these facts would not run right here."""
+    made, here = (v.split("+")[0] for v in (facts["torch"], torch.__version__))
+    expect(made == here, "package", f"one made with torch {here}", f"torch {made}")
+    device = facts["device"]
+    known = device == "cpu" or (device == "cuda" and torch.cuda.is_available())
+    expect(known, "package", "one for a device of this machine", device)
+    needs = facts["AOTI_CPU_ISA"].split(" ")[0]
+    if device == "cpu" and needs in PROCESSORS:
+        has = torch.backends.cpu.get_cpu_capability()
+        fits = has in PROCESSORS[PROCESSORS.index(needs) :]
+        expect(fits, "package", f"one for a processor with {has}", needs)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits.
+
+    temperature divides the logits, and 0 takes the most likely token; of the others only the most
+    likely ones are kept whose probabilities before the last of them sum to less than top_p (nucleus
+    sampling, Holtzman et al. 2019, arXiv 1904.09751). The seed is that of one sequence.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        warm = 0 <= self.temperature < float("inf")
+        expect(warm, "temperature", "0 or more", self.temperature)
+        expect(0 < self.top_p <= 1, "top_p", "above 0, up to 1", self.top_p)
+        expect(0 <= self.seed < 2**63, "seed", "0 or more", self.seed)
+
+
+class Sampler:
+    """Draws the tokens of one sequence: the same ones in any batch."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+
+    def row(self) -> tuple[float, float, float]:
+        """Temperature, top_p and the next random number, for ``choose``."""
+        number = torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        return self.sampling.temperature, self.sampling.top_p, number
+
+
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """The next token of each sequence.
+
+    With the probabilities p in falling order, those kept and u uniform in [0, 1), it is the first
+    token at which the sum of p reaches u Σ kept.
+
+    Args:
+        logits: [B, vocabulary].
+        samplers: B of them; each gives one random number.
+
+    Returns:
+        Tokens [B, 1].
+
+    Raises:
+        ValueError: logits that are not numbers.
+    """
+    best, greedy = logits.float().max(-1)
+    expect(bool(best.isfinite().all()), "logits", "numbers", f"a largest one of {best.tolist()}")
+    rows = [sampler.row() for sampler in samplers]
+    if not any(temperature for temperature, _, _ in rows):
+        return greedy[:, None]
+    numbers = torch.tensor(rows, dtype=torch.float64, device=logits.device)
+    temperature, top_p, uniform = numbers.t()[..., None]  # [B, 1] each
+    warm = torch.where(temperature > 0, temperature, 1.0)
+    p, order = (logits.double() / warm).softmax(-1).sort(
+        dim=-1, descending=True, stable=True
+    )
+    reached = p.cumsum(-1)
+    kept = (reached - p < top_p).sum(-1, keepdim=True)
+    index = (reached < uniform * reached.gather(-1, kept - 1)).sum(-1, keepdim=True)
+    return torch.where(temperature > 0, order.gather(-1, index), greedy[:, None])
+
+
+def generate(
+    package: Package,
+    ids: Sequence[int],
+    *,
+    tokens: int,
+    sampling: Sampling = Sampling(),
+    stop: Iterable[int] = (),
+) -> Iterator[int]:
+    """Yields the tokens that follow ids, each as soon as it is drawn, up to one of ``stop``.
+
+    Args:
+        package: what continues; anything with its ``prefill``, ``decode`` and ``device``.
+        ids: the prompt, at least one.
+        tokens: the most tokens to draw.
+        sampling: how each is drawn.
+        stop: tokens that end the text; the one met is the last to be yielded.
+    """
+    expect(tokens >= 1, "tokens", "at least 1", tokens)
+    sampler, stop = Sampler(sampling), frozenset(stop)
+    prompt = torch.tensor([list(ids)], dtype=torch.int64, device=package.device)
+    logits, *states = package.prefill(prompt)
+    for i in range(tokens):
+        token = choose(logits, [sampler])
+        yield (new := int(token))
+        if new in stop:
+            return
+        if i + 1 < tokens:
+            logits, *states = package.decode(token, states)
+
+
+def pieces(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
+    """Yields the text of ids piece by piece, as soon as a character is whole.
+
+    Args:
+        decode: a tokenizer's, ids to text.
+        ids: as they come, such as from ``generate``.
+    """
+    held: list[int] = []
+    shown = done = 0  # held[:shown] is context for the decoder, and begins what held[:done] shows
+    for token in ids:
+        held.append(token)
+        before, text = decode(held[shown:done]), decode(held[shown:])
+        if len(text) > len(before) and not text.endswith("�"):
+            yield text[len(before) :]
+            shown, done = done, len(held)
+    rest = decode(held[shown:])[len(decode(held[shown:done])) :]
+    if rest:
+        yield rest
+
+
+class Clock:
+    """Passes tokens on and measures: tokens/s of the prompt, and of what follows its first one."""
+
+    def __init__(self, prompt: int) -> None:
+        self._prompt = prompt
+        self._times = [time.perf_counter()]
+
+    def timed(self, tokens: Iterable[int]) -> Iterator[int]:
+        """The same tokens."""
+        for token in tokens:
+            self._times.append(time.perf_counter())
+            yield token
+
+    def __str__(self) -> str:
+        start, first, *_ = last = self._times
+        text = f"prefill {self._prompt / (first - start):.1f} tokens/s"
+        if len(last) > 2:
+            text += f", decode {(len(last) - 2) / (last[-1] - first):.1f} tokens/s"
+        return text
+
+
+def sampling_options(options: argparse.ArgumentParser) -> None:
+    """Adds those that every program over a package has."""
+    options.add_argument("--tokens", type=int, default=64, help="new tokens; default: %(default)s")
+    options.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the most likely token; the default"
+    )
+    options.add_argument(
+        "--top-p", type=float, default=1.0, help="probability of what is kept; default: all"
+    )
+    options.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
+
+
+def main() -> int:
+    """Ids in, ids and tokens/s out."""
+    options = argparse.ArgumentParser(description="Continue token ids by a package.")
+    options.add_argument("package", help="a .pt2 file")
+    options.add_argument("--ids", required=True, help="the prompt, such as 3,1,4")
+    sampling_options(options)
+    chosen = options.parse_args()
+    try:
+        ids = [int(i) for i in chosen.ids.split(",")]
+        sampling = Sampling(chosen.temperature, chosen.top_p, chosen.seed)
+        package, clock = Package(chosen.package), Clock(len(ids))
+        tokens = generate(package, ids, tokens=chosen.tokens, sampling=sampling)
+        ids += clock.timed(tokens)
+    except ValueError as error:
+        print(f"runner: {error}", file=sys.stderr)
+        return 2
+    print(*ids)
+    print(clock, file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""A running batch that sequences join and leave: each has a slot, a row of every state.
+
+    admit:   state_i[slot] = prefill(prompt)_i
+    step:    rows = the slots in use;  state_i[rows] = decode(token[rows], state_i[rows])_i
+    leave:   state_i[slot] = NaN
+
+The states do not grow, so a slot is as large for the first token as for the millionth. The rows are
+filled up to the next of a few batch sizes, so what decode compiles for are those and no others.
+There is no server here: when to admit whom is for the caller to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flacompile.runner import Sampler, Sampling, choose, expect
+
+
+class Steps(Protocol):
+    """What runs a model: a ``Package``, or a module's prefill and decode of the same form."""
+
+    device: torch.device
+
+    def prefill(self, ids: Tensor) -> Sequence[Tensor]: ...
+
+    def decode(self, token: Tensor, states: Sequence[Tensor]) -> Sequence[Tensor]: ...
+
+
+class Running:
+    """One sequence of a batch: its prompt, the tokens drawn so far, and whether it is done."""
+
+    def __init__(
+        self, prompt: Sequence[int], tokens: int, sampling: Sampling, stop: Iterable[int]
+    ) -> None:
+        self.prompt = tuple(prompt)
+        self.tokens: list[int] = []
+        self.done = False
+        self._limit, self._stop = tokens, frozenset(stop)
+        self.sampler = Sampler(sampling)
+
+    def add(self, token: int) -> None:
+        """One more token; perhaps the last."""
+        self.tokens.append(token)
+        self.done = token in self._stop or len(self.tokens) == self._limit
+
+
+class Slots:
+    """A batch of up to ``size`` sequences, stepped together.
+
+    A sequence's tokens are those that ``generate`` draws for it alone, whoever shares the batch.
+
+    Args:
+        steps: prefill and decode; both are called in inference mode.
+        size: the number of slots.
+        batch_sizes: those that decode may be called with, rising up to ``size``. Default: the
+            powers of two below ``size``, and ``size``.
+    """
+
+    def __init__(
+        self, steps: Steps, size: int, *, batch_sizes: Sequence[int] | None = None
+    ) -> None:
+        expect(size >= 1, "size", "at least 1", size)
+        if batch_sizes is None:
+            batch_sizes = [*(2**i for i in range((size - 1).bit_length())), size]
+        rising = list(batch_sizes) == sorted({*batch_sizes, size}) and min(batch_sizes) >= 1
+        expect(rising, "batch_sizes", f"rising numbers up to {size}", list(batch_sizes))
+        self._steps, self._batch_sizes = steps, tuple(batch_sizes)
+        self._states: list[Tensor] | None = None  # [size, ...] each, from the first prefill on
+        self._token = torch.zeros(size, 1, dtype=torch.int64, device=steps.device)
+        self._running: dict[int, Running] = {}  # by slot
+        self._free = list(range(size))[::-1]
+
+    @property
+    def free(self) -> int:
+        """How many sequences may be admitted."""
+        return len(self._free)
+
+    @torch.inference_mode()
+    def admit(
+        self,
+        prompt: Sequence[int],
+        *,
+        tokens: int,
+        sampling: Sampling = Sampling(),
+        stop: Iterable[int] = (),
+    ) -> Running:
+        """Starts a sequence in a free slot, and draws its first token.
+
+        Args:
+            prompt: ids, at least one.
+            tokens: the most tokens to draw.
+            sampling: how each is drawn.
+            stop: tokens that end it.
+
+        Raises:
+            ValueError: no slot is free, or what ``prefill`` refuses; then nothing has changed.
+        """
+        expect(tokens >= 1, "tokens", "at least 1", tokens)
+        expect(bool(self._free), "admit", "a free slot", f"{len(self._running)} of as many taken")
+        sequence = Running(prompt, tokens, sampling, stop)
+        ids = torch.tensor([sequence.prompt], dtype=torch.int64, device=self._steps.device)
+        logits, *states = self._steps.prefill(ids)
+        token = choose(logits, [sequence.sampler])
+        if self._states is None:
+            size = self._token.shape[0]
+            self._states = [x.new_empty(size, *x.shape[1:]) for x in states]
+            for slot in self._free:
+                self._clear(slot)
+        slot = self._free.pop()
+        for rows, row in zip(self._states, states, strict=True):
+            rows[slot] = row[0]
+        self._running[slot] = sequence
+        self._token[slot] = token[0]
+        self._add([slot], token)
+        return sequence
+
+    @torch.inference_mode()
+    def step(self) -> list[Running]:
+        """Draws one token of every sequence that runs; returns them. Those done then leave."""
+        slots = list(self._running)
+        if not slots:
+            return []
+        states = self._states
+        assert states is not None  # whoever runs was admitted
+        size = next(n for n in self._batch_sizes if n >= len(slots))
+        rows = torch.tensor(slots + slots[-1:] * (size - len(slots)), device=self._token.device)
+        logits, *after = self._steps.decode(self._token[rows], [x[rows] for x in states])
+        rows, stepped = rows[: len(slots)], [self._running[slot] for slot in slots]
+        token = choose(logits[: len(slots)], [sequence.sampler for sequence in stepped])
+        for old, new in zip(states, after, strict=True):
+            old[rows] = new[: len(slots)]
+        self._token[rows] = token
+        self._add(slots, token)
+        return stepped
+
+    @torch.inference_mode()
+    def cancel(self, sequence: Running) -> None:
+        """Ends a sequence; its slot is free at once. One that is done already stays as it is."""
+        if not sequence.done:
+            slot = next((s for s, x in self._running.items() if x is sequence), None)
+            expect(slot is not None, "sequence", "one of this batch", "another")
+            sequence.done = True
+            self._leave(slot)  # type: ignore[arg-type]
+
+    def _add(self, slots: Sequence[int], token: Tensor) -> None:
+        for slot, new in zip(slots, token[:, 0].tolist(), strict=True):
+            self._running[slot].add(new)
+            if self._running[slot].done:
+                self._leave(slot)
+
+    def _leave(self, slot: int) -> None:
+        del self._running[slot]
+        self._clear(slot)
+        self._free.append(slot)
+
+    def _clear(self, slot: int) -> None:
+        """NaN, so that nothing can read a freed slot and go unseen."""
+        for x in self._states or []:
+            x[slot] = float("nan") if x.is_floating_point() else 0
