@@ -13,7 +13,7 @@ from flacompile.layers import MIXERS
 from flacompile.runner import Sampling, generate
 from flacompile.slots import Slots
 
-PROMPTS, LONGEST, VOCAB, WIDTH = 48, 12, 64, 16
+PROMPTS, LONGEST, VOCAB, WIDTH = 32, 8, 64, 16
 SEQUENCES, SIZE = 10_000, 16
 STOP = 7
 
