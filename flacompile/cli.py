@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from flacompile.evaluate.page import markdown
 from flacompile.export import STAGES
 from flacompile.keep import Keep
 from flacompile.layers import MIXERS
+from flacompile.runner import Clock, Package, Sampling, generate, pieces, sampling_options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         "its teacher, and ship it.",
         epilog="MODEL is a folder that transformers reads, or a .gguf file. A typical run: "
         "flacompile distill MODEL text.txt out; flacompile export out out/model.pt2; "
-        "flacompile generate out/model.pt2 --tokenizer out --prompt 'Once upon a time'",
+        "flacompile generate --package out/model.pt2 --prompt 'Once upon a time'",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -93,11 +95,14 @@ def parser() -> argparse.ArgumentParser:
         help="most tokens of a sequence; needed where softmax layers are left",
     )  # fmt: skip
 
-    generate = add("generate", "Continue a prompt, greedily, by a converted model or a package.")
-    generate.add_argument("model", type=Path, help="a converted model's folder, or a .pt2 package")
-    generate.add_argument("--tokenizer", type=Path, help="its folder; default: that of the model")
-    generate.add_argument("--prompt", required=True, help="text to continue")
-    generate.add_argument("--tokens", type=int, default=64, help="new tokens; %(default)s")
+    continues = add("generate", "Continue a prompt by a converted model, or by a package of it.")
+    continues.add_argument("model", nargs="?", help="a folder with its tokenizer; or see --package")
+    continues.add_argument(
+        "--package", type=Path, help="a .pt2 file to run; the tokenizer is that of the model, or "
+        "else where the package says",
+    )  # fmt: skip
+    continues.add_argument("--prompt", required=True, help="text to continue")
+    sampling_options(continues)
     return top
 
 
@@ -146,24 +151,6 @@ def export_progress() -> Iterator[Any]:
         bar.update()
 
 
-def generate_from_package(package: Path, ids: list[int], tokens: int) -> list[int]:
-    """Greedy continuation of ids by a package: prefill once, then decode a token at a time."""
-    from torch._inductor.package import load_package
-
-    prefill, decode = (load_package(str(package), model_name=n) for n in ("prefill", "decode"))
-    shapes, dtypes = (
-        json.loads(prefill.get_metadata()[f"state_{name}"]) for name in ("shapes", "dtypes")
-    )
-    pairs = zip(shapes, dtypes, strict=True)
-    states = [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in pairs]
-    logits, *states = prefill(torch.tensor([ids]), tuple(states))
-    for i in range(tokens):
-        ids = [*ids, int(logits.argmax(-1))]
-        if i + 1 < tokens:
-            logits, *states = decode(torch.tensor([ids[-1:]]), tuple(states))
-    return ids
-
-
 def run(options: argparse.Namespace) -> None:
     """Carries out one parsed command."""
     if options.command in ("convert", "distill"):
@@ -189,7 +176,7 @@ def run(options: argparse.Namespace) -> None:
             )  # fmt: skip
         print(f"wrote {options.package}: largest relative errors {facts['errors']}")
     else:
-        print(_generate(options))
+        _generate(options)
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
@@ -249,18 +236,44 @@ def _evaluate(options: argparse.Namespace) -> str:
     return markdown(evaluation)
 
 
-def _generate(options: argparse.Namespace) -> str:
+def _generate(options: argparse.Namespace) -> None:
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    package = None if options.package is None else Package(options.package)
+    tokenizer = _read_tokenizer(options.model or (package and package.facts["tokenizer"]))
+    ids = tokenizer(options.prompt)["input_ids"]
+    if package is None:
+        return _generate_by_model(options, tokenizer, sampling)
+    clock, stop = Clock(len(ids)), package.facts["end"]
+    new = generate(package, ids, tokens=options.tokens, sampling=sampling, stop=stop)
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    for piece in pieces(decode, chain(ids, clock.timed(new))):
+        print(piece, end="", flush=True)
+    print()
+    print(clock, file=sys.stderr)
+
+
+def _read_tokenizer(where: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
-    ids = tokenizer(options.prompt)["input_ids"]
-    if options.model.suffix == ".pt2":
-        return tokenizer.decode(generate_from_package(options.model, ids, options.tokens))
-    model = flacompile.load(options.model)
-    output = model.generate(  # type: ignore[operator]
-        torch.tensor([ids]), max_new_tokens=options.tokens, do_sample=False
-    )
-    return tokenizer.decode(output[0])
+    wanted = "a folder with a tokenizer"
+    if where is None:
+        raise ValueError(f"model: expected {wanted}, got none, and the package names none")
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except OSError as error:
+        raise ValueError(f"model: expected {wanted}, got {where}") from error
+
+
+def _generate_by_model(options: argparse.Namespace, tokenizer: Any, sampling: Sampling) -> None:
+    from transformers import TextStreamer
+
+    warm = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    torch.manual_seed(sampling.seed)
+    flacompile.load(options.model).generate(  # type: ignore[operator]
+        **tokenizer(options.prompt, return_tensors="pt"), max_new_tokens=options.tokens,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **({"do_sample": True, **warm} if sampling.temperature else {"do_sample": False}),
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

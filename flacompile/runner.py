@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 FACTS = (
-    "state_shapes", "state_dtypes", "position", "context", "vocabulary", "device", "torch",
+    "state_shapes", "state_dtypes", "position", "context", "vocabulary", "end", "tokenizer",
+    "device", "torch",
 )  # fmt: skip
+PIECE = 8192  # tokens of a prompt that are read at once
 PROCESSORS = ("DEFAULT", "AVX2", "AVX512")  # each runs what those before it run
 
 
@@ -51,45 +53,56 @@ class Package:
         loaded = load_pt2(str(path)).aoti_runners  # load_package would load both twice
         self._prefill, self._decode = (loaded[name].loader.run for name in ("prefill", "decode"))
 
-    def prefill(self, ids: Tensor) -> tuple[Tensor, ...]:
-        """The state of B sequences after T tokens.
+    def begin(self, batch_size: int) -> tuple[Tensor, ...]:
+        """The states before the first token: zeros."""
+        expect(batch_size >= 1, "batch_size", "at least 1", batch_size)
+        return tuple(
+            torch.zeros(batch_size, *shape[1:], dtype=dtype, device=self.device)
+            for shape, dtype in zip(self.facts["state_shapes"], self._dtypes, strict=True)
+        )
+
+    def prefill(self, ids: Tensor, states: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
+        """T more tokens of B sequences. Many are read in pieces, in the memory of one piece.
 
         Args:
             ids: [B, T] int64, T >= 1.
+            states: what an earlier call gave, used up by this one; None before the first.
 
         Returns:
             Logits after the last token [B, vocabulary], then the states.
 
         Raises:
-            ValueError: another shape, dtype, layout or device, or ids not in the vocabulary.
+            ValueError: another shape, dtype, layout or device; ids not in the vocabulary; or more
+                tokens than a sequence may have.
         """
         shape = list(ids.shape)
         fits = len(shape) == 2 and min(shape) > 0
         expect(fits, "ids", "shape [B, T], both at least 1", shape)
         self._check_ids("ids", ids)
-        context = self.facts["context"]
-        if context is not None:
-            expect(shape[1] <= context, "ids", f"at most {context} tokens", shape[1])
-        return tuple(self._prefill([ids]))
+        states = self.begin(shape[0]) if states is None else states
+        self._check_states(states, *shape)
+        for piece in ids.split(PIECE, 1):
+            logits, *states = self._prefill([piece.contiguous(), *states])
+        return logits, *states
 
     def decode(self, token: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """One more token of each sequence.
+        """One more token of each sequence: as ``prefill``, faster.
 
         Args:
             token: [B, 1] int64.
-            states: as ``prefill`` or ``decode`` gave them, of as many sequences.
+            states: what an earlier call gave, used up by this one.
 
         Returns:
             Logits [B, vocabulary], then the next states.
 
         Raises:
-            ValueError: as ``prefill``, also for each state, or a sequence is full.
+            ValueError: as ``prefill``.
         """
         shape = list(token.shape)
         fits = len(shape) == 2 and shape[0] > 0 and shape[1] == 1
         expect(fits, "token", "shape [B, 1], B at least 1", shape)
         self._check_ids("token", token)
-        self._check_states(states, shape[0])
+        self._check_states(states, *shape)
         return tuple(self._decode([token, *states]))
 
     def _check_ids(self, name: str, ids: Tensor) -> None:
@@ -98,7 +111,7 @@ class Package:
         last = self.facts["vocabulary"] - 1
         expect(low >= 0 and high <= last, name, f"0 to {last}", low if low < 0 else high)
 
-    def _check_states(self, states: Sequence[Tensor], batch: int) -> None:
+    def _check_states(self, states: Sequence[Tensor], batch: int, time: int) -> None:
         shapes = self.facts["state_shapes"]
         expect(len(states) == len(shapes), "states", f"{len(shapes)} tensors", len(states))
         for i, (state, shape) in enumerate(zip(states, shapes, strict=True)):
@@ -110,8 +123,9 @@ class Package:
         if context is not None:
             i = self.facts["position"]
             low, high = torch.stack(states[i].aminmax()).tolist()
-            fits = low >= 0 and high < context
-            expect(fits, f"states[{i}]", f"0 to {context - 1}", low if low < 0 else high)
+            expect(low >= 0, f"states[{i}]", "0 or more", low)
+            fits = high + time <= context
+            expect(fits, "ids", f"at most {context} tokens in all", f"{high} and {time} more")
 
     def _check_layout(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
         expect(x.dtype == dtype, name, type_name(dtype), type_name(x.dtype))
@@ -180,6 +194,9 @@ class Sampling:
         expect(0 <= self.seed < 2**63, "seed", "0 or more", self.seed)
 
 
+GREEDY = Sampling()
+
+
 class Sampler:
     """Draws the tokens of one sequence: the same ones in any batch."""
 
@@ -217,9 +234,7 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     numbers = torch.tensor(rows, dtype=torch.float64, device=logits.device)
     temperature, top_p, uniform = numbers.t()[..., None]  # [B, 1] each
     warm = torch.where(temperature > 0, temperature, 1.0)
-    p, order = (logits.double() / warm).softmax(-1).sort(
-        dim=-1, descending=True, stable=True
-    )
+    p, order = (logits.double() / warm).softmax(-1).sort(dim=-1, descending=True, stable=True)
     reached = p.cumsum(-1)
     kept = (reached - p < top_p).sum(-1, keepdim=True)
     index = (reached < uniform * reached.gather(-1, kept - 1)).sum(-1, keepdim=True)
@@ -231,13 +246,13 @@ def generate(
     ids: Sequence[int],
     *,
     tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop: Iterable[int] = (),
 ) -> Iterator[int]:
     """Yields the tokens that follow ids, each as soon as it is drawn, up to one of ``stop``.
 
     Args:
-        package: what continues; anything with its ``prefill``, ``decode`` and ``device``.
+        package: what continues.
         ids: the prompt, at least one.
         tokens: the most tokens to draw.
         sampling: how each is drawn.
@@ -281,20 +296,19 @@ class Clock:
 
     def __init__(self, prompt: int) -> None:
         self._prompt = prompt
-        self._times = [time.perf_counter()]
+        self._times: list[float] = []
 
     def timed(self, tokens: Iterable[int]) -> Iterator[int]:
         """The same tokens."""
+        self._times = [time.perf_counter()]
         for token in tokens:
             self._times.append(time.perf_counter())
             yield token
 
     def __str__(self) -> str:
-        start, first, *_ = last = self._times
+        start, first, *rest = self._times
         text = f"prefill {self._prompt / (first - start):.1f} tokens/s"
-        if len(last) > 2:
-            text += f", decode {(len(last) - 2) / (last[-1] - first):.1f} tokens/s"
-        return text
+        return text + (f", decode {len(rest) / (rest[-1] - first):.1f} tokens/s" if rest else "")
 
 
 def sampling_options(options: argparse.ArgumentParser) -> None:
@@ -320,7 +334,8 @@ def main() -> int:
         ids = [int(i) for i in chosen.ids.split(",")]
         sampling = Sampling(chosen.temperature, chosen.top_p, chosen.seed)
         package, clock = Package(chosen.package), Clock(len(ids))
-        tokens = generate(package, ids, tokens=chosen.tokens, sampling=sampling)
+        stop = package.facts["end"]
+        tokens = generate(package, ids, tokens=chosen.tokens, sampling=sampling, stop=stop)
         ids += clock.timed(tokens)
     except ValueError as error:
         print(f"runner: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flacompile.runner import Sampler, Sampling, choose, expect
+from flacompile.runner import GREEDY, Sampler, Sampling, choose, expect
 
 
 class Steps(Protocol):
@@ -85,7 +85,7 @@ class Slots:
         prompt: Sequence[int],
         *,
         tokens: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         stop: Iterable[int] = (),
     ) -> Running:
         """Starts a sequence in a free slot, and draws its first token.

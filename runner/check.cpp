@@ -18,8 +18,7 @@ using namespace flacompile;
 void inputs(const std::string& path) {
   Package package(path);
   const auto ids = at::full({2, 3}, 1, at::kLong), token = at::full({2, 1}, 1, at::kLong);
-  auto outputs = package.prefill(ids);
-  const std::vector<at::Tensor> states(outputs.begin() + 1, outputs.end());
+  const auto states = package.begin(2);
   auto with = [&](const at::Tensor& first) {
     auto changed = states;
     changed[0] = first;
@@ -27,14 +26,15 @@ void inputs(const std::string& path) {
   };
   const auto strided = states[0].transpose(-1, -2).contiguous().transpose(-1, -2);
   const std::vector<std::pair<std::string, std::function<void()>>> cases = {
-      {"no tokens", [&] { package.prefill(ids.slice(1, 0, 0)); }},
-      {"no rows", [&] { package.prefill(ids.slice(0, 0, 0)); }},
-      {"one dimension", [&] { package.prefill(ids[0]); }},
-      {"int32", [&] { package.prefill(ids.to(at::kInt)); }},
-      {"strided ids", [&] { package.prefill(at::full({3, 2}, 1, at::kLong).t()); }},
-      {"id too large", [&] { package.prefill(ids * package.facts().vocabulary); }},
-      {"id below 0", [&] { package.prefill(-ids); }},
-      {"other device", [&] { package.prefill(ids.to(at::kMeta)); }},
+      {"no tokens", [&] { package.prefill(ids.slice(1, 0, 0), states); }},
+      {"no rows", [&] { package.prefill(ids.slice(0, 0, 0), states); }},
+      {"one dimension", [&] { package.prefill(ids[0], states); }},
+      {"int32", [&] { package.prefill(ids.to(at::kInt), states); }},
+      {"strided ids", [&] { package.prefill(at::full({3, 2}, 1, at::kLong).t(), states); }},
+      {"id too large", [&] { package.prefill(ids * package.facts().vocabulary, states); }},
+      {"id below 0", [&] { package.prefill(-ids, states); }},
+      {"other device", [&] { package.prefill(ids.to(at::kMeta), states); }},
+      {"batch of begin", [&] { package.prefill(ids, package.begin(3)); }},
       {"two tokens", [&] { package.decode(ids, states); }},
       {"strided token", [&] { package.decode(ids.slice(1, 0, 1), states); }},
       {"token too large", [&] { package.decode(token * package.facts().vocabulary, states); }},

@@ -6,9 +6,9 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <charconv>
 #include <chrono>
-#include <cstdio>
 #include <exception>
 #include <iostream>
 #include <map>
@@ -25,7 +25,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr const char* USAGE =
     "usage: generate model.pt2 (--tokenizer tokenizer.json --prompt TEXT | --ids 3,1,4)\n"
-    "       [--tokens 64] [--temperature 0] [--top-p 1] [--seed 0] [--stop IDS]\n";
+    "       [--tokens 64] [--temperature 0] [--top-p 1] [--seed 0]\n";
 
 using Options = std::map<std::string, std::string>;
 
@@ -50,11 +50,11 @@ std::vector<int64_t> read_ids(const std::string& name, const std::string& text) 
 
 Options read_options(int argc, char** argv) {
   static const std::set<std::string> NAMES = {"tokenizer", "prompt", "ids",  "tokens",
-                                              "temperature", "top-p", "seed", "stop"};
+                                              "temperature", "top-p", "seed"};
   Options options;
   for (int i = 2; i < argc; i += 2) {
-    const std::string name = std::string(argv[i]).substr(std::string(argv[i]).find_first_not_of('-'));
-    expect(argv[i] == "--" + name && NAMES.count(name), "option", "one of the usage", argv[i]);
+    const std::string given = argv[i], name = given.substr(std::min<size_t>(2, given.size()));
+    expect(given == "--" + name && NAMES.count(name), "option", "one of the usage", given);
     expect(i + 1 < argc, name, "a value", "none");
     options[name] = argv[i + 1];
   }
@@ -81,8 +81,6 @@ void run(const std::string& path, const Options& options) {
   const Sampling sampling{option(options, "temperature", 0.0), option(options, "top-p", 1.0),
                           option<int64_t>(options, "seed", 0)};
   const auto tokens = option<int64_t>(options, "tokens", 64);
-  std::vector<int64_t> stop;
-  if (options.count("stop")) stop = read_ids("stop", options.at("stop"));
 
   std::optional<Tokenizer> tokenizer;
   std::optional<Writer> writer;
@@ -95,6 +93,7 @@ void run(const std::string& path, const Options& options) {
            "at most " + std::to_string(package.facts().vocabulary) + " tokens",
            std::to_string(tokenizer->size()));
 
+  const std::vector<int64_t>& end = package.facts().end;
   bool begun = false;
   auto show = [&](int64_t id) {
     say(writer ? writer->push(id) : (begun ? " " : "") + std::to_string(id));
@@ -106,7 +105,7 @@ void run(const std::string& path, const Options& options) {
       for (const int64_t given : ids) show(given);
     times.push_back(Clock::now());
     show(id);
-    return std::find(stop.begin(), stop.end(), id) == stop.end();
+    return std::find(end.begin(), end.end(), id) == end.end();
   });
   say((writer ? writer->finish() : "") + "\n");
 

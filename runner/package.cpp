@@ -2,6 +2,7 @@
 
 #include <ATen/Version.h>
 #include <ATen/ops/aminmax.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/cuda.h>
 #include <torch/version.h>
@@ -64,7 +65,8 @@ Facts read_facts(const std::string& path) {
     return Json::parse(found->second, name);
   };
   Facts facts;
-  const Json shapes = fact("state_shapes"), dtypes = fact("state_dtypes");
+  const Json shapes = fact("state_shapes"), dtypes = fact("state_dtypes"), end = fact("end");
+  for (const Json& id : end.array()) facts.end.push_back(id.number());
   for (const Json& shape : shapes.array()) {
     facts.state_shapes.emplace_back();
     for (const Json& size : shape.array()) facts.state_shapes.back().push_back(size.number());
@@ -94,11 +96,9 @@ void check_machine(const Facts& facts) {
   }
 }
 
-void check_range(const std::string& name, const at::Tensor& x, int64_t last) {
+std::pair<int64_t, int64_t> bounds(const at::Tensor& x) {
   const auto [least, most] = at::aminmax(x);
-  const int64_t low = least.item<int64_t>(), high = most.item<int64_t>();
-  expect(low >= 0 && high <= last, name, "0 to " + std::to_string(last),
-         std::to_string(low < 0 ? low : high));
+  return {least.item<int64_t>(), most.item<int64_t>()};
 }
 
 }  // namespace
@@ -115,14 +115,30 @@ Package::Package(const std::string& path) : facts_(read_facts(path)) {
 
 Package::~Package() = default;
 
-std::vector<at::Tensor> Package::prefill(const at::Tensor& ids) {
+std::vector<at::Tensor> Package::begin(int64_t batch_size) const {
+  expect(batch_size >= 1, "batch_size", "at least 1", std::to_string(batch_size));
+  std::vector<at::Tensor> states;
+  for (size_t i = 0; i < facts_.state_shapes.size(); ++i) {
+    std::vector<int64_t> shape = facts_.state_shapes[i];
+    shape.at(0) = batch_size;
+    states.push_back(at::zeros(shape, at::dtype(facts_.state_dtypes[i]).device(device())));
+  }
+  return states;
+}
+
+std::vector<at::Tensor> Package::prefill(const at::Tensor& ids,
+                                         const std::vector<at::Tensor>& states) {
   const bool fits = ids.dim() == 2 && ids.numel() > 0;
   expect(fits, "ids", "shape [B, T], both at least 1", written(ids.sizes()));
   check_ids("ids", ids);
-  if (facts_.context)
-    expect(ids.size(1) <= *facts_.context, "ids",
-           "at most " + std::to_string(*facts_.context) + " tokens", std::to_string(ids.size(1)));
-  return code_->prefill.run({ids});
+  check_states(states, ids.size(0), ids.size(1));
+  std::vector<at::Tensor> outputs = {ids};
+  outputs.insert(outputs.end(), states.begin(), states.end());
+  for (const at::Tensor& piece : ids.split(PIECE, 1)) {
+    outputs[0] = piece.contiguous();
+    outputs = code_->prefill.boxed_run(std::move(outputs));
+  }
+  return outputs;
 }
 
 std::vector<at::Tensor> Package::decode(const at::Tensor& token,
@@ -130,7 +146,7 @@ std::vector<at::Tensor> Package::decode(const at::Tensor& token,
   const bool fits = token.dim() == 2 && token.size(0) > 0 && token.size(1) == 1;
   expect(fits, "token", "shape [B, 1], B at least 1", written(token.sizes()));
   check_ids("token", token);
-  check_states(states, token.size(0));
+  check_states(states, token.size(0), 1);
   std::vector<at::Tensor> inputs = {token};
   inputs.insert(inputs.end(), states.begin(), states.end());
   return code_->decode.boxed_run(std::move(inputs));
@@ -138,10 +154,14 @@ std::vector<at::Tensor> Package::decode(const at::Tensor& token,
 
 void Package::check_ids(const char* name, const at::Tensor& ids) const {
   check_layout(name, ids, at::kLong);
-  check_range(name, ids, facts_.vocabulary - 1);
+  const auto [low, high] = bounds(ids);
+  const int64_t last = facts_.vocabulary - 1;
+  expect(low >= 0 && high <= last, name, "0 to " + std::to_string(last),
+         std::to_string(low < 0 ? low : high));
 }
 
-void Package::check_states(const std::vector<at::Tensor>& states, int64_t batch) const {
+void Package::check_states(const std::vector<at::Tensor>& states, int64_t batch,
+                           int64_t time) const {
   const size_t count = facts_.state_shapes.size();
   expect(states.size() == count, "states", std::to_string(count) + " tensors",
          std::to_string(states.size()));
@@ -152,9 +172,13 @@ void Package::check_states(const std::vector<at::Tensor>& states, int64_t batch)
     expect(states[i].sizes() == want, name, "shape " + written(want), written(states[i].sizes()));
     check_layout(name, states[i], facts_.state_dtypes[i]);
   }
-  if (facts_.context)
-    check_range("states[" + std::to_string(facts_.position) + "]", states.at(facts_.position),
-                *facts_.context - 1);
+  if (!facts_.context) return;
+  const std::string name = "states[" + std::to_string(facts_.position) + "]";
+  const auto [low, high] = bounds(states.at(facts_.position));
+  expect(low >= 0, name, "0 or more", std::to_string(low));
+  expect(high + time <= *facts_.context, "ids",
+         "at most " + std::to_string(*facts_.context) + " tokens in all",
+         std::to_string(high) + " and " + std::to_string(time) + " more");
 }
 
 void Package::check_layout(const std::string& name, const at::Tensor& x,

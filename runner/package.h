@@ -12,6 +12,8 @@
 
 namespace flacompile {
 
+constexpr int64_t PIECE = 8192;  // tokens of a prompt that are read at once
+
 // The metadata that flacompile.export writes; export.md says what each is.
 struct Facts {
   std::vector<std::vector<int64_t>> state_shapes;
@@ -19,6 +21,7 @@ struct Facts {
   int64_t position = 0;
   std::optional<int64_t> context;
   int64_t vocabulary = 0;
+  std::vector<int64_t> end;
   std::string device, torch, processor;
 };
 
@@ -28,9 +31,12 @@ class Package {
   explicit Package(const std::string& path);
   ~Package();
 
-  // ids [B, T] int64 -> logits of the last token [B, vocabulary], then the states.
-  std::vector<at::Tensor> prefill(const at::Tensor& ids);
-  // token [B, 1] int64 and the states, all of one batch -> logits, then the next states.
+  // The states before the first token: zeros.
+  std::vector<at::Tensor> begin(int64_t batch_size) const;
+  // ids [B, T] int64 and the states -> logits of the last token [B, vocabulary], then the next
+  // states. The states are used up. Many tokens are read in pieces, in the memory of one piece.
+  std::vector<at::Tensor> prefill(const at::Tensor& ids, const std::vector<at::Tensor>& states);
+  // As prefill for token [B, 1], faster.
   std::vector<at::Tensor> decode(const at::Tensor& token, const std::vector<at::Tensor>& states);
 
   const Facts& facts() const { return facts_; }
@@ -38,7 +44,7 @@ class Package {
 
  private:
   void check_ids(const char* name, const at::Tensor& ids) const;
-  void check_states(const std::vector<at::Tensor>& states, int64_t batch) const;
+  void check_states(const std::vector<at::Tensor>& states, int64_t batch, int64_t time) const;
   void check_layout(const std::string& name, const at::Tensor& x, at::ScalarType dtype) const;
 
   struct Code;

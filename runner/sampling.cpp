@@ -49,7 +49,7 @@ void generate(Package& package, const std::vector<int64_t>& ids, int64_t tokens,
   Sampler sample(sampling);
   auto prompt = at::empty({1, static_cast<int64_t>(ids.size())}, at::kLong);
   std::copy(ids.begin(), ids.end(), prompt.data_ptr<int64_t>());
-  auto outputs = package.prefill(prompt.to(package.device()));
+  auto outputs = package.prefill(prompt.to(package.device()), package.begin(1));
   for (int64_t i = 0; i < tokens; ++i) {
     const auto token = sample(outputs[0]);
     if (!take(token.item<int64_t>())) return;

@@ -1,6 +1,12 @@
-"""Kernels run compiled where there is a CUDA device, and in the Triton interpreter elsewhere."""
+"""What several files of tests share.
+
+Kernels run compiled where there is a CUDA device, and in the Triton interpreter elsewhere.
+"""
 
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,3 +34,32 @@ def poisoned_empty(monkeypatch):
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session")
+def cpp(tmp_path_factory):
+    """The folder of the programs of ``runner/``: ``generate`` and ``check``."""
+    missing = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
+    assert not missing, f"the tests of runner/ need {missing}"
+    build = tmp_path_factory.mktemp("runner")
+    flags = ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O0", "-DCMAKE_UNITY_BUILD=ON"]
+    flags += [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
+    for command in (
+        ["cmake", "-S", str(Path(__file__).parents[1] / "runner"), "-B", str(build), *flags],
+        ["cmake", "--build", str(build)],
+    ):
+        subprocess.run(command, capture_output=True, text=True, check=True)
+    return build
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A ``packages.Exported``; tests that share it are of the group "export"."""
+    from packages import exported
+
+    return exported(tmp_path_factory.mktemp("package"))
+
+
+@pytest.fixture
+def package(exported):
+    return exported.path

@@ -1,15 +1,12 @@
 """One package: the model's values at any B and T, in processes that know nothing of flacompile."""
 
 import json
-import shutil
-import subprocess
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
-from models import MODELS, VOCAB, llama
+from models import MODELS, VOCAB
+from packages import converted
 
 import flacompile
 from flacompile.export.gate import compare, load_programs, references
@@ -18,42 +15,16 @@ from flacompile.export.programs import Step, all_mixers
 pytestmark = pytest.mark.xdist_group("export")  # its fixtures are long in the making
 
 exporting = import_module("flacompile.export")
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
-PROMPT, TOKENS = [3, 1, 4, 1, 5, 9, 2, 6], 12
 
 
-def converted(mixer="simple_gla", **options):
-    """A two-layer Llama with grouped keys: a mixer, and softmax over keys kept in room for 1200."""
-    case = llama(max_position_embeddings=8192)()
-    return flacompile.convert(case.model, mixer=mixer, **({"keep": [1]} | options))
+@pytest.fixture
+def model(exported):
+    return exported.model
 
 
 @pytest.fixture(scope="module")
-def model():
-    return flacompile.finalize(converted()).eval()
-
-
-@pytest.fixture(scope="module")
-def package(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("package") / "model.pt2"
-    stages = []
-    facts = flacompile.export(model, path, max_length=1200, progress=stages.append)
-    assert tuple(stages) == exporting.STAGES
-    assert max(facts["errors"].values()) < 1e-5
-    assert [p.name for p in path.parent.iterdir()] == ["model.pt2"]  # nothing partial is left
-    return path
-
-
-@pytest.fixture(scope="module")
-def programs(package):
-    return load_programs(package)
-
-
-@pytest.fixture(scope="module")
-def greedy(model):
-    ids = torch.tensor([PROMPT])
-    output = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
-    return output[0].tolist()
+def programs(exported):
+    return load_programs(exported.path)
 
 
 def begin(programs, batch):
@@ -98,35 +69,10 @@ def test_metadata(model, programs):
 
 
 @pytest.mark.slow
-def test_runs_where_flacompile_cannot_be_imported(package, greedy):
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        runner = import_module("demo").RUNNER
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    command = [sys.executable, "-c", runner, str(package), json.dumps(PROMPT), str(TOKENS)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert json.loads(output.splitlines()[-1])[0] == greedy
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is missing")
-@pytest.mark.skipif(shutil.which("c++") is None, reason="a C++ compiler is missing")
-def test_runs_from_cpp(package, greedy, tmp_path):
-    source = EXAMPLES / "cpp"
-    assert len((source / "generate.cpp").read_text().splitlines()) <= 100
-    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    for command in (
-        ["cmake", "-S", str(source), "-B", str(tmp_path), "-DCMAKE_BUILD_TYPE=Release", prefix],
-        ["cmake", "--build", str(tmp_path)],
-    ):
-        subprocess.run(command, capture_output=True, text=True, check=True)
-    binary = [str(tmp_path / "generate"), str(package), str(TOKENS)]
-    done = subprocess.run([*binary, *map(str, PROMPT)], capture_output=True, text=True, check=True)
-    assert [int(i) for i in done.stdout.split()] == greedy
-    assert "decode" in done.stderr and "tokens/s" in done.stderr
-    wrong = subprocess.run([*binary, str(VOCAB)], capture_output=True, text=True)
-    assert wrong.returncode == 2 and f"expected 0 to {VOCAB - 1}, got {VOCAB}" in wrong.stderr
+def test_nothing_partial_is_left(exported):
+    assert tuple(exported.stages) == exporting.STAGES
+    assert max(exported.facts["errors"].values()) < 1e-5
+    assert [p.name for p in exported.path.parent.iterdir()] == ["model.pt2"]
 
 
 @torch.no_grad()

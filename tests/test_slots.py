@@ -32,7 +32,9 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(VOCAB, WIDTH)
         self.requires_grad_(False)
         options = {"fullgraph": True, "dynamic": False}
-        self._step = torch.compile(self.step, backend=compiled, **options) if compiled else self.step
+        self._step = (
+            torch.compile(self.step, backend=compiled, **options) if compiled else self.step
+        )
         self._prefilled = {}
 
     def prefill(self, ids):

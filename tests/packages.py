@@ -1,0 +1,31 @@
+"""A package of a tiny hybrid, for the tests of export and of the runners."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from models import llama
+from torch import nn
+
+import flacompile
+
+
+class Exported(NamedTuple):
+    """A model, its package, what export returned and the stages it told of."""
+
+    model: nn.Module
+    path: Path
+    facts: dict[str, Any]
+    stages: list[str]
+
+
+def converted(mixer: str = "simple_gla", **options: Any) -> nn.Module:
+    """A two-layer Llama with grouped keys: a mixer, and softmax over keys kept in room for 1200."""
+    case = llama(max_position_embeddings=8192)()
+    return flacompile.convert(case.model, mixer=mixer, **({"keep": [1]} | options))
+
+
+def exported(folder: Path) -> Exported:
+    """Takes a minute."""
+    model, path, stages = flacompile.finalize(converted()).eval(), folder / "model.pt2", []
+    facts = flacompile.export(model, path, max_length=1200, progress=stages.append)
+    return Exported(model, path, facts, stages)
