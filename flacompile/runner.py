@@ -81,9 +81,10 @@ class Package:
         self._check_ids("ids", ids)
         states = self.begin(shape[0]) if states is None else states
         self._check_states(states, *shape)
+        outputs = [ids, *states]
         for piece in ids.split(PIECE, 1):
-            logits, *states = self._prefill([piece.contiguous(), *states])
-        return logits, *states
+            outputs = self._prefill([piece.contiguous(), *outputs[1:]])
+        return tuple(outputs)
 
     def decode(self, token: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One more token of each sequence: as ``prefill``, faster.

@@ -5,8 +5,9 @@
     leave:   state_i[slot] = NaN
 
 The states do not grow, so a slot is as large for the first token as for the millionth. The rows are
-filled up to the next of a few batch sizes, so what decode compiles for are those and no others.
-There is no server here: when to admit whom is for the caller to say.
+filled up to the next of a few batch sizes, so what decode compiles for are those and no others;
+while all slots are in use nothing is copied. There is no server here: when to admit whom is for the
+caller to say.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ class Steps(Protocol):
 
 
 class Running:
-    """One sequence of a batch: its prompt, the tokens drawn so far, and whether it is done."""
+    """One sequence of a batch: its prompt, the tokens drawn so far, and whether it is done.
+
+    ``failed`` says that it ended because its logits were no numbers.
+    """
 
     def __init__(
         self, prompt: Sequence[int], tokens: int, sampling: Sampling, stop: Iterable[int]
     ) -> None:
         self.prompt = tuple(prompt)
         self.tokens: list[int] = []
-        self.done = False
+        self.done = self.failed = False
         self._limit, self._stop = tokens, frozenset(stop)
         self.sampler = Sampler(sampling)
 
@@ -121,21 +125,36 @@ class Slots:
     @torch.inference_mode()
     def step(self) -> list[Running]:
         """Draws one token of every sequence that runs; returns them. Those done then leave."""
-        slots = list(self._running)
+        slots = sorted(self._running)
         if not slots:
             return []
+        stepped = [self._running[slot] for slot in slots]
         states = self._states
         assert states is not None  # whoever runs was admitted
+        if self._free:
+            logits = self._decode_some(slots, states)
+        else:
+            logits, *self._states = self._steps.decode(self._token, states)
+        fine = logits.float().amax(-1).isfinite()
+        for slot in [s for s, numbers in zip(slots, fine.tolist(), strict=True) if not numbers]:
+            self._running[slot].failed = self._running[slot].done = True
+            self._leave(slot)
+        slots = [slot for slot in slots if slot in self._running]
+        if slots:
+            token = choose(logits[fine], [self._running[slot].sampler for slot in slots])
+            self._token[torch.tensor(slots, device=token.device)] = token
+            self._add(slots, token)
+        return stepped
+
+    def _decode_some(self, slots: list[int], states: list[Tensor]) -> Tensor:
+        """Logits of these slots; their states are stepped."""
         size = next(n for n in self._batch_sizes if n >= len(slots))
         rows = torch.tensor(slots + slots[-1:] * (size - len(slots)), device=self._token.device)
         logits, *after = self._steps.decode(self._token[rows], [x[rows] for x in states])
-        rows, stepped = rows[: len(slots)], [self._running[slot] for slot in slots]
-        token = choose(logits[: len(slots)], [sequence.sampler for sequence in stepped])
+        rows = rows[: len(slots)]
         for old, new in zip(states, after, strict=True):
             old[rows] = new[: len(slots)]
-        self._token[rows] = token
-        self._add(slots, token)
-        return stepped
+        return logits[: len(slots)]
 
     @torch.inference_mode()
     def cancel(self, sequence: Running) -> None:

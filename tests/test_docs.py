@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 HEAVY = ("torch.compile(", "flacompile.export(")  # a minute rather than seconds
-CONTINUES = {"docs/export.md": "README.md"}  # reads the package that the other page wrote
+CONTINUES = {"docs/run.md": "docs/export.md", "docs/export.md": "README.md"}  # for its package
 
 
 def blocks(page: str) -> list[str]:

@@ -148,6 +148,24 @@ def test_one_fixed_size():
     assert compiled.frame_count == 1
 
 
+class Broken(Model):
+    """Gives NaN after the prompt that begins with 1."""
+
+    def decode(self, token, states):
+        logits, prompt, *leaves = super().decode(token, states)
+        return torch.where((prompt == 1)[:, None], float("nan"), logits), prompt, *leaves
+
+
+def test_one_that_breaks_leaves_alone():
+    tokens, _ = alone(Model())
+    slots = Slots(Broken(), 3)
+    running = [slots.admit(prompt_of(i), tokens=5, sampling=sampling_of(i)) for i in range(3)]
+    while slots.free < 3:
+        slots.step()
+    assert [one.failed for one in running] == [False, True, False]
+    assert [one.tokens for one in running] == [tokens[0][:5], tokens[1][:1], tokens[2][:5]]
+
+
 def test_refusals():
     slots, other = Slots(Model(), 2), Slots(Model(), 2)
     calls = [
