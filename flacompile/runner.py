@@ -83,7 +83,7 @@ class Package:
         self._check_states(states, *shape)
         outputs = [ids, *states]
         for piece in ids.split(PIECE, 1):
-            outputs = self._prefill([piece.contiguous(), *outputs[1:]])
+            outputs = whole(self._prefill([piece.contiguous(), *outputs[1:]]))
         return tuple(outputs)
 
     def decode(self, token: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -104,7 +104,7 @@ class Package:
         expect(fits, "token", "shape [B, 1], B at least 1", shape)
         self._check_ids("token", token)
         self._check_states(states, *shape)
-        return tuple(self._decode([token, *states]))
+        return tuple(whole(self._decode([token, *states])))
 
     def _check_ids(self, name: str, ids: Tensor) -> None:
         self._check_layout(name, ids, torch.int64)
@@ -132,6 +132,11 @@ class Package:
         expect(x.dtype == dtype, name, type_name(dtype), type_name(x.dtype))
         expect(x.device.type == self.device.type, name, f"device {self.device.type}", x.device.type)
         expect(x.is_contiguous(), name, "a contiguous tensor", f"strides {list(x.stride())}")
+
+
+def whole(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous, for the next call: what left a convolution's window is cut off as a view."""
+    return [x.contiguous() for x in outputs]
 
 
 def expect(fits: bool, name: str, expected: object, got: object) -> None:

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flacompile.runner import GREEDY, Sampler, Sampling, choose, expect
+from flacompile.runner import GREEDY, Sampler, Sampling, choose, expect, whole
 
 
 class Steps(Protocol):
@@ -74,7 +74,8 @@ class Slots:
         expect(rising, "batch_sizes", f"rising numbers up to {size}", list(batch_sizes))
         self._steps, self._batch_sizes = steps, tuple(batch_sizes)
         self._states: list[Tensor] | None = None  # [size, ...] each, from the first prefill on
-        self._token = torch.zeros(size, 1, dtype=torch.int64, device=steps.device)
+        with torch.inference_mode():  # as all that is made of it later
+            self._token = torch.zeros(size, 1, dtype=torch.int64, device=steps.device)
         self._running: dict[int, Running] = {}  # by slot
         self._free = list(range(size))[::-1]
 
@@ -134,7 +135,8 @@ class Slots:
         if self._free:
             logits = self._decode_some(slots, states)
         else:
-            logits, *self._states = self._steps.decode(self._token, states)
+            logits, *after = self._steps.decode(self._token, states)
+            self._states = whole(after)
         fine = logits.float().amax(-1).isfinite()
         for slot in [s for s, numbers in zip(slots, fine.tolist(), strict=True) if not numbers]:
             self._running[slot].failed = self._running[slot].done = True

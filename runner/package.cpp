@@ -96,6 +96,12 @@ void check_machine(const Facts& facts) {
   }
 }
 
+// Contiguous, for the next call: what left a convolution's window is cut off as a view.
+std::vector<at::Tensor> whole(std::vector<at::Tensor> outputs) {
+  for (at::Tensor& x : outputs) x = x.contiguous();
+  return outputs;
+}
+
 std::pair<int64_t, int64_t> bounds(const at::Tensor& x) {
   const auto [least, most] = at::aminmax(x);
   return {least.item<int64_t>(), most.item<int64_t>()};
@@ -136,7 +142,7 @@ std::vector<at::Tensor> Package::prefill(const at::Tensor& ids,
   outputs.insert(outputs.end(), states.begin(), states.end());
   for (const at::Tensor& piece : ids.split(PIECE, 1)) {
     outputs[0] = piece.contiguous();
-    outputs = code_->prefill.boxed_run(std::move(outputs));
+    outputs = whole(code_->prefill.boxed_run(std::move(outputs)));
   }
   return outputs;
 }
@@ -149,7 +155,7 @@ std::vector<at::Tensor> Package::decode(const at::Tensor& token,
   check_states(states, token.size(0), 1);
   std::vector<at::Tensor> inputs = {token};
   inputs.insert(inputs.end(), states.begin(), states.end());
-  return code_->decode.boxed_run(std::move(inputs));
+  return whole(code_->decode.boxed_run(std::move(inputs)));
 }
 
 void Package::check_ids(const char* name, const at::Tensor& ids) const {
