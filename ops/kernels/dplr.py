@@ -124,6 +124,7 @@ def tiles(K: int, V: int, dot: str, programs: Any) -> dict[str, int]:
         widest, C = 16, 16
     else:
         widest, C = (64, 32) if BK <= 128 else (32, 16)
+        C = 16 if dot == "tf32" else C  # twice the bytes of a shared memory of 99 KiB
         if isinstance(programs, int) and 2 * programs * triton.cdiv(V, widest) <= PROGRAMS:
             widest = 16
     warps = 4 if (64 if dot == "ieee" else 128) >= BK else 8

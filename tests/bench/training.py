@@ -6,7 +6,7 @@
 The defaults are the models of 340 million parameters. A step is forward, cross entropy, backward
 and fused AdamW; weights in fp32, bf16 autocast on a GPU, fp32 on a CPU. A row a model and way:
 thousands of tokens a second (median of the steps after the first three), peak memory, seconds of
-the first step, graphs of the compiled step, and the loss after the same steps from the same weights.
+the first step, graphs of the compiled step, and the loss after as many steps from equal weights.
 """
 
 from __future__ import annotations
