@@ -10,6 +10,7 @@ import torch
 from mixer_cases import PUBLISHED, SIZES, variants
 from mixer_inputs import HALVES, WIDTH, close, draw
 from textbook import TEXTBOOK
+from torch.utils._pytree import tree_map
 
 from flacompile.blocks import Rotary
 from flacompile.layers import MIXERS, AttentionState, cu_seqlens_from_mask, pad, unpad
@@ -196,17 +197,17 @@ def test_step_compiles(name):
 
 @over_mixers
 def test_export_is_eager(name):
-    """One graph of aten operations, right at any B and T."""
+    """One graph of aten operations, right at any B and T, after tokens that the state holds."""
     mixer = build(name, first(name), compiled_dtype(name))
     batch, time = torch.export.Dim("B", min=1), torch.export.Dim("T", min=1)
-    shapes = ({0: batch, 1: time},)
-    program = torch.export.export(
-        mixer, (draw(2, 200, compiled_dtype(name)),), dynamic_shapes=shapes, strict=False
-    )
+    pasts = {rows: mixer(draw(rows, 9, compiled_dtype(name)))[1] for rows in (1, 2, 3)}
+    shapes = ({0: batch, 1: time}, tree_map(lambda _: {0: batch}, pasts[2]))
+    inputs = (draw(2, 200, compiled_dtype(name)), pasts[2])
+    program = torch.export.export(mixer, inputs, dynamic_shapes=shapes, strict=False)
     opened = decompose(program).module(check_guards=False)  # the values are checked
     for rows, length in ((2, 200), (1, 1), (3, 50), (1, 65), (2, 300)):
         x = draw(rows, length, compiled_dtype(name))
-        assert close(opened(x), mixer(x)), (rows, length)
+        assert close(opened(x, pasts[rows]), mixer(x, pasts[rows])), (rows, length)
 
 
 @over_mixers

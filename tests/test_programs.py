@@ -1,48 +1,103 @@
-"""What is exported, before it is compiled: every mixer in one traced program, at any B and T."""
+"""What is exported, before it is compiled: one step over explicit states, at any B and T."""
 
+import pytest
 import torch
-from models import llama
+from models import MODELS, llama
 
 import flacompile
-from flacompile import hf
+from flacompile import hf, lm
 from flacompile.convert import build
 from flacompile.export.gate import compare, references
 from flacompile.export.programs import SPAN, Step, all_mixers, trace
 from flacompile.layers import MIXERS
 from flacompile.passes.find_attention import find_attention
-from flacompile.passes.swap_attention import swap_attention
+from flacompile.passes.swap_attention import swap_attention, swapped
 
-LENGTHS = (1, 2, 63, 64, 65, SPAN - 1, SPAN + 1, 2 * SPAN + 70)
-ROOM = 2 * SPAN + 110
+LENGTHS = (1, 64, 65, SPAN + 1)
+ROOM = SPAN + 40
 
 
 def of_all_mixers():
-    """A Llama with another mixer in every layer."""
-    model = llama(num_hidden_layers=len(MIXERS), num_key_value_heads=4)().model
+    """A Llama whose every layer is nothing but another mixer."""
+    model = llama(num_hidden_layers=len(MIXERS), num_key_value_heads=4)().model.double()
     for site, cls in zip(find_attention(model).sites, MIXERS.values(), strict=True):
         mixer = build(cls, cls.config_for(site), model, site)
         swap_attention(model, site, mixer, hf.convention_of(model, site))
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     return flacompile.finalize(model).eval()
 
 
-def run(program):
-    """A traced program without the guards that hold for the example alone."""
-    return program.module(check_guards=False)
+def published(name):
+    """A tiny model of ``flacompile.lm`` with a layer of softmax."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "num_heads": 2}
+    sizes |= {"head_dim": 16, "state_size": 8, "expand_ratio": 16, "intermediate_size": 64}
+    known = lm.KINDS[name].defaults
+    fields = {key: value for key, value in sizes.items() if key in known}
+    fields["attn"] = {"layers": [1], "num_heads": 2, "window_size": 9 if name == "samba" else None}
+    config, _, model = lm.MODELS[name]
+    torch.manual_seed(0)
+    made = model(config(**fields)).eval()
+    for parameter in made.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return made
 
 
 @torch.no_grad()
-def test_every_mixer_at_any_shape():
-    model = of_all_mixers().double()
+def test_every_mixer_in_one_program():
+    """That of each mixer alone, opened and with a state, is in test_mixers."""
+    model = of_all_mixers()
     cases = references(model, LENGTHS, ROOM)
-    assert {len(case.ids) for case in cases} == {1, 2, 3} and len(cases) == len(LENGTHS)
+    assert {len(case.ids) for case in cases} == {1, 2, 3}
     with all_mixers(model):
-        programs, step = trace(model, ROOM), Step(model, ROOM)
-    for program in programs.values():
-        targets = {str(node.target) for node in program.graph.nodes}
-        assert not [target for target in targets if target.startswith("flacompile")]
-        shapes = [
-            node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder"
-        ]
-        assert isinstance(shapes[-1][0], torch.SymInt)
-    errors = compare({name: run(x) for name, x in programs.items()}, step.begin, cases)
-    assert max(errors.values()) < 1e-6
+        step = Step(model, ROOM)
+        errors = compare({"prefill": step, "decode": step}, step.begin, cases)
+        assert max(errors.values()) < 1e-9
+        program = trace(model, ROOM, ["prefill"])["prefill"]
+        both = {"prefill": program.module(check_guards=False), "decode": step}
+        assert compare(both, step.begin, cases)["prefill"] < 1e-9
+
+
+@pytest.mark.parametrize("name", lm.KINDS)
+@torch.no_grad()
+def test_published_models_step_as_they_run(name):
+    model = published(name)
+    cases = references(model, (1, 65), None)
+    with all_mixers(model):
+        step = Step(model, 200)
+        errors = compare({"prefill": step, "decode": step}, step.begin, cases)
+    assert max(errors.values()) < 1e-5
+
+
+HYBRIDS = {
+    "window": ("mistral", {"window": 9}),
+    "kept_window": ("mistral", {"keep": [1], "window": 9}),
+    "untouched": ("qwen3", None),
+    "learned_positions": ("gpt2", {"keep": [1]}),
+}
+
+
+@pytest.mark.parametrize(("model", "options"), HYBRIDS.values(), ids=HYBRIDS)
+@torch.no_grad()
+def test_kept_layers_step_as_they_run(model, options):
+    model = MODELS[model]().model
+    if options is not None:
+        flacompile.convert(model, "gla", init="neutral", **options)
+    before = dict(model.named_modules())
+    cases = references(model, (1, 40), 80)
+    with all_mixers(model):
+        assert len(swapped(model)) == model.config.num_hidden_layers
+        step = Step(model, 80)
+        errors = compare({"prefill": step, "decode": step}, step.begin, cases)
+    assert max(errors.values()) < 1e-5
+    assert dict(model.named_modules()) == before
+
+
+def test_attention_that_cannot_be_proved_is_refused():
+    model = MODELS["llama"]().model
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    message = "expected a mixer or a causal attention that can be proved in each of 2 layers"
+    with pytest.raises(ValueError, match=message), all_mixers(model):
+        pass
+    assert not swapped(model)

@@ -9,13 +9,14 @@ are plain tensors in a fixed order, zeros before the first token, and do not gro
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._inductor.package import package_aoti
+from torch.export import ExportedProgram
 
 from flacompile import __version__, hf
 from flacompile.export.gate import LENGTHS, compare, load_programs, references
@@ -31,6 +32,7 @@ def export(
     path: str | Path,
     *,
     max_length: int | None = None,
+    weights: Literal["inside", "beside"] = "inside",
     tokenizer: str | None = None,
     lengths: Sequence[int] = LENGTHS,
     progress: Callable[[str], object] = lambda stage: None,
@@ -42,6 +44,9 @@ def export(
         path: the package; an existing file is replaced only by a package that passed its gate.
         max_length: most tokens of a sequence, prompt included, where softmax layers keep them all:
             each then carries keys and values of that many tokens.
+        weights: "inside" stores them in each of the two programs, and the package is all there is
+            to load; "beside" once for both, in a safetensors file of the package's name, to be
+            given to each program.
         tokenizer: where a runner finds it, a folder or a name; default the model's own name.
         lengths: values of T at which the package is compared with the model; those beyond the
             room of a sequence are left out.
@@ -54,8 +59,11 @@ def export(
     Raises:
         ValueError: an attention that cannot be proved, max_length missing, or the gate failed.
     """
+    from safetensors.torch import save_file
+
     path = Path(path)
     _check(model, path, max_length)
+    expect(weights in ("inside", "beside"), "weights", "'inside' or 'beside'", repr(weights))
     model.eval()
     context = _context(model, max_length)
     with torch.no_grad():
@@ -65,12 +73,16 @@ def export(
             progress("trace")
             programs = trace(model, max_length)
             step = Step(model, max_length)
+        beside = path.with_suffix(".safetensors") if weights == "beside" else None
         facts = _facts(model, step, context, tokenizer)
+        facts["weights"] = beside and beside.name
         options = {
             "aot_inductor.package": True,
+            "aot_inductor.package_constants_in_so": beside is None,
             "aot_inductor.metadata": {name: json.dumps(value) for name, value in facts.items()},
         }
         files: dict[str, Any] = {}
+        tensors = None if beside is None else _tensors(programs.values())
         for name, program in programs.items():
             progress(name)
             args, kwargs = program.example_inputs  # type: ignore[misc]
@@ -83,7 +95,11 @@ def export(
             package = temporary.with_suffix(".pt2")  # the packager insists on the suffix
             try:
                 package_aoti(str(package), files)
-                facts["errors"] = compare(load_programs(package), step.begin, cases)
+                loaded = load_programs(package, tensors)
+                facts["errors"] = compare(loaded, step.begin, cases)
+                if beside is not None:
+                    used = _used(tensors or {}, loaded.values())
+                    write_atomically(beside, lambda file: save_file(used, file))
                 package.rename(temporary)
             finally:
                 package.unlink(missing_ok=True)
@@ -101,6 +117,28 @@ def _check(model: nn.Module, path: Path, max_length: int | None) -> None:
     expect(path.suffix == ".pt2", "path", "a name that ends in .pt2", path.name)
     fits = max_length is None or max_length >= 2
     expect(fits, "max_length", "a number of tokens, at least 2", max_length)
+
+
+def _tensors(programs: Iterable[ExportedProgram]) -> dict[str, Tensor]:
+    """What the programs may read, by the names under which they ask for it."""
+    found: dict[str, Tensor] = {}
+    for program in programs:
+        signature = program.graph_signature
+        for name in (signature.inputs_to_parameters | signature.inputs_to_buffers).values():
+            tensor = program.state_dict.get(name, program.constants.get(name))
+            assert isinstance(tensor, Tensor)
+            found[name] = tensor.detach().contiguous()
+    return found
+
+
+def _used(tensors: dict[str, Tensor], loaded: Iterable[Any]) -> dict[str, Tensor]:
+    """Those of the tensors that compiled programs ask for, none over the memory of another."""
+    names = {name for program in loaded for name in program.get_constant_fqns()}
+    found: dict[str, Tensor] = {}
+    for name in sorted(names):
+        shared = any(x.data_ptr() == tensors[name].data_ptr() for x in found.values())
+        found[name] = tensors[name].clone() if shared else tensors[name]
+    return found
 
 
 def _context(model: nn.Module, max_length: int | None) -> int | None:

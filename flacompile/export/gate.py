@@ -6,14 +6,14 @@ by another; two tokens are then decoded. The model reads all of it at once, with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from flacompile.export.programs import CHUNK, SPAN
+from flacompile.export.programs import CHUNK, NAMES, SPAN
 
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, SPAN + 1)  # where values are compared
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -47,7 +47,9 @@ def references(model: nn.Module, lengths: Sequence[int], room: int | None) -> li
     return found
 
 
-def compare(programs: dict[str, Any], begin: Any, cases: Sequence[Reference]) -> dict[str, float]:
+def compare(
+    programs: Mapping[str, Any], begin: Any, cases: Sequence[Reference]
+) -> dict[str, float]:
     """The largest relative error of each program.
 
     Args:
@@ -77,11 +79,16 @@ def compare(programs: dict[str, Any], begin: Any, cases: Sequence[Reference]) ->
     return errors
 
 
-def load_programs(package: Path) -> dict[str, Any]:
-    """Both programs of a package by name."""
+def load_programs(package: Path, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """Both programs of a package by name, over these weights where it has none inside."""
     from torch._inductor.package import load_package
 
-    return {name: load_package(str(package), name) for name in ("prefill", "decode")}
+    programs = {name: load_package(str(package), name) for name in NAMES}
+    for program in programs.values():
+        if weights is not None:
+            own = {key: weights[key] for key in program.get_constant_fqns()}
+            program.load_constants(own, check_full_update=True, user_managed=True)
+    return programs
 
 
 def _relative_error(got: Tensor, want: Tensor) -> float:

@@ -7,7 +7,7 @@ state that has room for a given number of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from flacompile.passes.decompose import decompose
 from flacompile.passes.find_attention import find_attention
 from flacompile.passes.swap_attention import restore_attention, routed, swap_attention, swapped
 
+NAMES = ("prefill", "decode")
 SPAN = CHUNK * FANOUT  # tokens that one fold of the CPU form covers
 
 
@@ -94,7 +95,9 @@ def is_own(model: nn.Module) -> bool:
     return hasattr(getattr(model, "config", None), "kind")
 
 
-def trace(model: nn.Module, max_length: int | None = None) -> dict[str, ExportedProgram]:
+def trace(
+    model: nn.Module, max_length: int | None = None, names: Sequence[str] = NAMES
+) -> dict[str, ExportedProgram]:
     """``prefill`` for any B and T and ``decode`` for T = 1, with our ops opened.
 
     A number of chunks that is one in the example would be specialised inside an op's body, where
@@ -104,22 +107,19 @@ def trace(model: nn.Module, max_length: int | None = None) -> dict[str, Exported
     Args:
         model: in evaluation mode, inside ``all_mixers``.
         max_length: tokens that a state has room for where it keeps every token.
+        names: the programs wanted.
     """
     device = next(model.parameters()).device
-    ids = torch.ones(2, SPAN * 3 - 70, dtype=torch.long, device=device)
-    step = Step(model, max_length)
+    step, programs = Step(model, max_length), {}
     states = step.begin(2)
-    any_size = Dim.DYNAMIC
-    shapes = tuple({0: any_size} for _ in states)
-    programs = {
-        "prefill": torch.export.export(
-            step, (ids, states), dynamic_shapes=({0: any_size, 1: any_size}, shapes)
-        ),
-        "decode": torch.export.export(
-            step, (ids[:, :1].contiguous(), states), dynamic_shapes=({0: any_size}, shapes)
-        ),
-    }
-    return {name: decompose(program) for name, program in programs.items()}
+    for name in names:
+        time = SPAN * 3 - 70 if name == "prefill" else 1
+        ids = torch.ones(2, time, dtype=torch.long, device=device)
+        sizes = {0: Dim.DYNAMIC} | ({1: Dim.DYNAMIC} if name == "prefill" else {})
+        shapes = (sizes, tuple({0: Dim.DYNAMIC} for _ in states))
+        program = torch.export.export(step, (ids, states), dynamic_shapes=shapes)
+        programs[name] = decompose(program)
+    return programs
 
 
 def _replace_kept(model: nn.Module) -> list[str]:
