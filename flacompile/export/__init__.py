@@ -124,7 +124,8 @@ def _tensors(programs: Iterable[ExportedProgram]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for program in programs:
         signature = program.graph_signature
-        for name in (signature.inputs_to_parameters | signature.inputs_to_buffers).values():
+        sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        for name in sources.values():
             tensor = program.state_dict.get(name, program.constants.get(name))
             assert isinstance(tensor, Tensor)
             found[name] = tensor.detach().contiguous()
