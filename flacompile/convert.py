@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from flacompile.passes.find_attention import find_attention
 from flacompile.passes.outline import forget_blocks, graph_of, outline_sites, restore_blocks
 from flacompile.passes.sites import AttentionSite, Rejected, describe_site
 from flacompile.passes.swap_attention import restore_attention, swap_attention, swapped
+
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
 
 EXAMPLE = (4, 128)  # rows and tokens of random ids, where the user gives no example
 
@@ -94,6 +97,7 @@ def convert(
     init: Literal["neutral", "calibrated"] = "calibrated",
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     calibration: Iterable[Any] | None = None,
+    quantize: AOBaseConfig | None = None,
 ) -> nn.Module:
     """Replaces every causal softmax attention that can be proved by a linear mixer, in place.
 
@@ -121,6 +125,8 @@ def convert(
             transformers model, and a program's own example.
         calibration: batches for "calibrated", most often token ids [B, T], else what
             ``example_inputs`` may be; taken one at a time, once. Default the example.
+        quantize: what becomes of the new mixers' projections, as in ``flacompile.quantize_``:
+            ``BitNet()`` to distil through the rounding, or a config of torchao. None: nothing.
 
     Returns:
         The same model. For a graph, a new GraphModule over the same weights: it holds for the
@@ -150,7 +156,12 @@ def convert(
         done = _convert(
             model, cls, changed, keep, window, init == "calibrated", args, kwargs, calibration
         )
-        notes = (*([note] if note else []), *done.notes)
+        if quantize is not None:
+            from flacompile.quantize import quantize_mixers_
+
+            quantize_mixers_(model, quantize)
+        low_bit = f"the mixers' projections are those of {quantize}" if quantize else None
+        notes = (*filter(None, (note, low_bit)), *done.notes)
         hf.adopt(model, attention)
         model.flacompile_report = dataclasses.replace(done, notes=notes)  # type: ignore[assignment]
     return model

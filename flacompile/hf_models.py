@@ -23,6 +23,7 @@ from transformers import AutoConfig
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from flacompile import hf_low_bit
 from flacompile.hf import TransformersConvention
 from flacompile.layers.entries import from_entry, to_entry
 from flacompile.passes.swap_attention import SwappedAttention, swapped
@@ -66,6 +67,17 @@ class ConvertedModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         put_mixers(self, config.flacompile)
+        hf_low_bit.hold_places(self, config.flacompile.get("low_bit", {}))
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers', with low-bit weights as plain tensors."""
+        names = hf_low_bit.low_bit(self)
+        recipe: dict[str, Any] = self.config.flacompile  # type: ignore[attr-defined]
+        recipe.pop("low_bit", None)
+        if names:
+            recipe["low_bit"] = names
+            kwargs.setdefault("state_dict", hf_low_bit.plain_state(self))
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(
@@ -84,6 +96,7 @@ class ConvertedModel:
         names = tuple(f"{name}." for name in model.config.flacompile["layers"])
         if strict:
             _check(path, info, lambda key: any(name in key for name in names))
+        hf_low_bit.put_together(model, model.config.flacompile.get("low_bit", {}))
         for layer in swapped(model).values():
             layer._apply(lambda tensor: tensor)  # buffers that no file holds are computed again
         return (model, info) if output_loading_info else model
@@ -104,7 +117,11 @@ def converted(base: type) -> type:
         parents, members = (ConvertedConfig, base), {}
     else:
         parents = (ConvertedModel, base)
-        members = {"config_class": converted(base.config_class)}
+        kept: Any = getattr(base, "_keep_in_fp32_modules_strict", None) or ()
+        members = {
+            "config_class": converted(base.config_class),
+            "_keep_in_fp32_modules_strict": {*kept, hf_low_bit.SCALE},
+        }
     members |= {"__module__": __name__, "__qualname__": base.__name__, "__doc__": base.__doc__}
     return type(base.__name__, parents, members)
 

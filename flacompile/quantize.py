@@ -26,7 +26,8 @@ from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization.transform_module import register_quantize_module_handler
 from torchao.utils import TorchAOBaseTensor
 
-from flacompile.layers.bitattn import BitLinear
+from flacompile.layers.base import Mixer
+from flacompile.layers.bitattn import BitLinear, scale_to_ternary_
 from flacompile.ops.ternary import pack_ternary, round_weight, ternary_linear, unpack_ternary
 from flacompile.ops.validate import expect
 from flacompile.passes.swap_attention import SwappedAttention
@@ -80,14 +81,31 @@ def quantize_(model: nn.Module, config: AOBaseConfig, filter_fn: Filter | None =
 
 
 def projections(model: nn.Module) -> Filter:
-    """A filter: every linear layer with a weight of its own, except the output head."""
+    """A filter: every linear layer with a weight of its own, except the output head.
+
+    Also left out are the few whose weights a mixer does not only multiply with.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    shared = _shared_weights(model)
+    others, shared = {head, *_read_directly(model)}, _shared_weights(model)
 
     def is_projection(module: nn.Module, name: str) -> bool:
-        return isinstance(module, nn.Linear) and module is not head and name not in shared
+        return isinstance(module, nn.Linear) and module not in others and name not in shared
 
     return is_projection
+
+
+@torch.no_grad()
+def quantize_mixers_(model: nn.Module, config: AOBaseConfig) -> nn.Module:
+    """``quantize_`` for the mixers that ``convert`` put in, and nothing else.
+
+    For ``BitNet`` and ``Ternary`` each matrix is scaled first, so that its ternary values are as
+    near to it as any scale brings them.
+    """
+    chosen = mixer_projections(model)
+    if isinstance(config, BitNet | Ternary):
+        for _, module in _chosen(model, chosen):
+            scale_to_ternary_(module.weight)  # type: ignore[arg-type]
+    return quantize_(model, config, chosen)
 
 
 def mixer_projections(model: nn.Module) -> Filter:
@@ -105,6 +123,12 @@ def _chosen(model: nn.Module, filter_fn: Filter) -> Iterator[tuple[str, nn.Modul
     for name, module in model.named_modules():
         if module not in teachers and filter_fn(module, name):
             yield name, module
+
+
+def _read_directly(model: nn.Module) -> set[nn.Module]:
+    """Linear layers whose weights mixers read for what ``F.linear`` does not see."""
+    mixers = [m for m in model.modules() if isinstance(m, Mixer)]
+    return {mixer.get_submodule(name) for mixer in mixers for name in mixer.weights_read}
 
 
 def _shared_weights(model: nn.Module) -> dict[str, str]:
@@ -131,6 +155,8 @@ def _check(name: str, module: nn.Module, config: AOBaseConfig, model: nn.Module)
         )
     expect(weight.is_floating_point(), of_layer, "a floating dtype", weight.dtype)
     expect(not weight.is_meta, of_layer, "a loaded weight", "one on meta")
+    read = module in _read_directly(model)
+    expect(not read, of_layer, "a weight that is only multiplied with", "one that its mixer reads")
     other = _shared_weights(model).get(name)
     expect(other is None, of_layer, "a weight of its own", f"that of {other} too")
 
@@ -237,10 +263,8 @@ safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append("TernaryTensor")
 
 @register_quantize_module_handler(BitNet)
 def _to_bitnet(module: nn.Linear, config: BitNet) -> nn.Linear:
-    required = module.weight.requires_grad
     weight: Any = BitNetTensor(module.weight.detach())  # type: ignore[misc]
-    module.weight = nn.Parameter(weight, requires_grad=required)
-    return _weight_rounds(module)
+    return use_low_bit(module, weight, trained=module.weight.requires_grad)
 
 
 @register_quantize_module_handler(Ternary)
@@ -248,12 +272,12 @@ def _to_bitnet(module: nn.Linear, config: BitNet) -> nn.Linear:
 def _to_ternary(module: nn.Linear, config: Ternary) -> nn.Linear:
     weight = module.weight.detach()
     plain = weight._data if isinstance(weight, BitNetTrainingLinearWeight) else weight
-    module.weight = nn.Parameter(TernaryTensor.from_weight(plain), requires_grad=False)
-    return _weight_rounds(module)
+    return use_low_bit(module, TernaryTensor.from_weight(plain), trained=False)
 
 
-def _weight_rounds(module: nn.Linear) -> nn.Linear:
-    """A layer that rounds by itself leaves it to its weight."""
+def use_low_bit(module: nn.Linear, weight: Tensor, *, trained: bool) -> nn.Linear:
+    """Puts the weight in; a layer that rounds by itself leaves that to it."""
+    module.weight = nn.Parameter(weight, requires_grad=trained)
     if isinstance(module, BitLinear):
         module.rounds = False
     return module

@@ -88,6 +88,7 @@ class Mixer(nn.Module):
 
     State: ClassVar[type] = RecurrentState
     replaced: tuple[float, ...] = ()  # shares for ``set_replaced``, neutral first
+    weights_read: ClassVar[tuple[str, ...]] = ()  # linear layers that are not only called
 
     def __init_subclass__(cls) -> None:
         if "Config" in vars(cls):

@@ -74,6 +74,16 @@ def ternary(weight: Tensor) -> Tensor:
     return (weight * s).round().clamp(-1, 1) / s
 
 
+def scale_to_ternary_(weight: Tensor) -> None:
+    """Scales W so that Q_3(W) is as near to what W was as any scale brings it, in place.
+
+    Q_3(c W) = c Q_3(W), so that c = ⟨W, Q_3(W)⟩ / ⟨Q_3(W), Q_3(W)⟩.
+    """
+    rounded = ternary(weight)
+    size = rounded.square().sum().clamp(min=SMALLEST)  # zero for a matrix of zeros
+    weight.mul_((weight * rounded).sum() / size)
+
+
 def _pass_through(x: Tensor, rounded: Tensor) -> Tensor:
     """The rounded values with the gradient of x."""
     return x + (rounded - x).detach()
@@ -101,12 +111,7 @@ class BitAttention(Attention):
 
     @torch.no_grad()
     def load_attention(self, weights: AttentionWeights) -> None:
-        """Scales each matrix W so that Q_3(W) is as near to the attention's as any scale brings it.
-
-        Q_3(c W) = c Q_3(W), so that c = ⟨W, Q_3(W)⟩ / ⟨Q_3(W), Q_3(W)⟩.
-        """
+        """The attention's matrices, each scaled by ``scale_to_ternary_``."""
         super().load_attention(weights)
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            rounded = ternary(layer.weight)
-            size = rounded.square().sum().clamp(min=SMALLEST)  # zero for a matrix of zeros
-            layer.weight.mul_((layer.weight * rounded).sum() / size)
+            scale_to_ternary_(layer.weight)

@@ -61,6 +61,7 @@ class MultiheadLatentAttention(CachedMixer):
         logit_softcapping: float | None = None
 
     config: Config
+    weights_read = ("kv_proj.2",)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

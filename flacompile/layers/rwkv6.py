@@ -53,6 +53,7 @@ class RWKV6Attention(RWKVAttention):
         gate_low_rank_dim: int = 64
 
     config: Config
+    weights_read = ("x_proj.2",)
     places: ClassVar[dict[str, str]] = {
         "q": "r_proj.linear", "k": "k_proj.linear", "v": "v_proj.linear", "o": "o_proj",
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """What every mixer keeps of a converted Transformer: the project's own teacher, briefly distilled.
 
     python tests/bench/conversions.py [--mixer NAME ...] [--seconds 150] [--threads 2] [--jobs 1]
-        [--keep auto] [--window 16]
+        [--keep auto] [--window 16] [--quantize]
 
 One row a mixer: the layers' mean relative error before and after calibration, held-out nll of the
 swap and of the student, and the share of the gap closed between no attention at all (0) and the
@@ -31,12 +31,17 @@ from flacompile.layers import MIXERS
 TEACHER = Path(__file__).resolve().parents[1] / "teacher"
 
 
-def measure(mixer: str, seconds: float, keep: Keep, window: int | None) -> dict[str, Any]:
+def measure(
+    mixer: str, seconds: float, keep: Keep, window: int | None, quantize: bool
+) -> dict[str, Any]:
     """Converts and distils, in this process; a third of the time aligns the mixers."""
     model, tokenizer = read_model(str(TEACHER))
     text = TEACHER / "train.txt"
     calibration = read(text, tokenizer).rows(2048, 128)
-    flacompile.convert(model, mixer=mixer, keep=keep, window=window, calibration=[calibration])
+    flacompile.convert(
+        model, mixer=mixer, keep=keep, window=window, calibration=[calibration],
+        quantize=flacompile.BitNet() if quantize else None,
+    )  # fmt: skip
     layers = flacompile.report(model).layers
     recipe = Recipe(
         align=Stage(steps=5000, minutes=seconds / 180),
@@ -73,13 +78,17 @@ def main() -> None:
     options.add_argument("--jobs", type=int, default=1, help="mixers at the same time")
     options.add_argument("--keep", default="", help="as of flacompile convert")
     options.add_argument("--window", type=int, help="tokens of a softmax beside every mixer")
+    options.add_argument(
+        "--quantize", action="store_true", help="ternary projections in every mixer (BitNet)"
+    )
     options.add_argument("--json", type=Path, help="also write the rows here")
     options.add_argument("--alone", help=argparse.SUPPRESS)
     options = options.parse_args()
     if options.alone:
         torch.set_num_threads(options.threads)
         keep = read_keep(options.keep)
-        print(json.dumps(measure(options.alone, options.seconds, keep, options.window)))
+        row = measure(options.alone, options.seconds, keep, options.window, options.quantize)
+        print(json.dumps(row))
         return
     print("| mixer | layer error | calibrated | swap nll | student nll | share closed |")
     print("|---|---|---|---|---|---|", flush=True)
