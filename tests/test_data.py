@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import datasets
@@ -127,6 +128,13 @@ def test_bad_source_is_named(make, message, tokenizer, tmp_path):
 def test_missing_column_is_named(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"field: expected a column of .* \(text, n\), got body"):
         read(write_parquet(tmp_path / "a.parquet"), tokenizer, DataOptions(field="body"))
+
+
+def test_pyarrow_that_is_not_there(tmp_path, tokenizer, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"the package pyarrow .* flacompile\[data\]"):
+        read(path, tokenizer)
 
 
 def test_a_stream_is_read_once(tokenizer, tmp_path):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,13 @@ def test_tensorboard_shows_the_log(tmp_path):
         for name in ("loss", "lr", "tokens_per_s", "memory_gib"):
             shown = [(e.step, e.value) for e in events.Scalars(name)]
             assert shown == [(r["step"], pytest.approx(r[name])) for r in rows]
+
+
+def test_tensorboard_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"tensorboard: .* install flacompile\[tensorboard\]"):
+        trained(tmp_path, LOGITS, tensorboard=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_teacher_can_write_the_data(tmp_path):

@@ -21,6 +21,7 @@ from flacompile.data import (
 from flacompile.distill import checkpoint, report
 from flacompile.distill.checkpoint import Run
 from flacompile.distill.checks import check_lengths, check_packs, check_teacher
+from flacompile.distill.log import summary_writer
 from flacompile.distill.metrics import Metrics, Score, score
 from flacompile.distill.optimizer import make_optimizer
 from flacompile.distill.prepare import autocast, for_stage, fp32_weights, untied
@@ -78,11 +79,14 @@ def distill(
 
     Raises:
         ValueError: the model is not converted or keeps no teacher, the data cannot be read, or
-            the checkpoint in ``out`` is broken or of another run.
+            the checkpoint in ``out`` is broken or of another run; the recipe asks for rows longer
+            than the teacher knows, or for packed documents that the model does not keep apart.
     """
     recipe, out = recipe or Recipe(), Path(out)
     check_teacher(model)
     check_lengths(model, recipe)
+    if tensorboard:
+        summary_writer()
     teacher, vocabulary = frozen_teacher(model), _vocabulary(model)
     corpus = _corpus(data, tokenizer, recipe, teacher, out)
     training, heldout = corpus.split(recipe.heldout, _longest(recipe), recipe.sequence_length)

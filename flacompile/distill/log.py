@@ -35,7 +35,9 @@ class Log:
 
         self.path, self.stage, self.tokens = path, stage, tokens
         self.bar = tqdm(total=total, initial=step, desc=stage, unit="step")
-        self.events = None if events is None else _writer(events / stage, step)
+        self.events: Any = None
+        if events is not None:  # those after ``step``, of a run that was killed, are void
+            self.events = summary_writer()(events / stage, purge_step=step + 1)
         self.times = deque([time.perf_counter()], maxlen=RECENT + 1)
         self.began = self.times[0]
 
@@ -79,8 +81,12 @@ class Log:
             self.events.close()
 
 
-def _writer(folder: Path, step: int) -> Any:
-    """A writer of events, for which those after ``step``, of a run that was killed, are void."""
+def summary_writer() -> Any:
+    """TensorBoard's, a class.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -88,7 +94,7 @@ def _writer(folder: Path, step: int) -> Any:
             "tensorboard: expected the package tensorboard, got an environment without it; install "
             "flacompile[tensorboard]"
         ) from error
-    return SummaryWriter(folder, purge_step=step + 1)
+    return SummaryWriter
 
 
 def memory(device: torch.device) -> float:
