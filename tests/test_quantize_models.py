@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import flacompile
 from flacompile import BitNet, Ternary, quantize_
+from flacompile.export.programs import Step, all_mixers
 from flacompile.layers import MIXERS
+from flacompile.passes.decompose import decompose
 from flacompile.passes.swap_attention import swapped
 from flacompile.quantize import BitNetTensor, TernaryTensor, mixer_projections
 
@@ -69,6 +71,20 @@ def test_all_of_a_model(tmp_path):
     weight = swapped(half)["model.layers.0.self_attn"].mixer.q_proj.weight
     assert weight.dtype == torch.bfloat16 and weight.scale.dtype == torch.float32
     assert torch.equal(weight.scale, loaded.get_parameter(names[0]).scale)
+
+
+def test_an_exported_program_holds_the_bytes():
+    """Plain tensors and aten operations alone, with the model's values."""
+    model = flacompile.finalize(convert("linear_attn", quantize=Ternary()))
+    with torch.no_grad(), all_mixers(model):
+        step, token = Step(model, None), IDS[:, :1].contiguous()
+        args = (token, step.begin(len(token)))
+        program = decompose(torch.export.export(step, args))
+        got = program.module()(*args)[0]
+        want = model(token).logits[:, -1]
+    assert not any("flacompile" in str(node.target) for node in program.graph.nodes)
+    assert any(w.dtype == torch.uint8 for w in program.state_dict.values())
+    assert (got - want).norm() < 0.02 * want.norm()
 
 
 def test_unconvert_gives_the_original_back():
