@@ -9,6 +9,7 @@ from flacompile.convert import convert, finalize, report, unconvert
 from flacompile.distill import distill
 from flacompile.evaluate import evaluate
 from flacompile.export import export
+from flacompile.export.onnx import export_onnx
 from flacompile.hf import load
 from flacompile.hf_register import register_models
 
@@ -24,6 +25,7 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "export_onnx",
     "finalize",
     "load",
     "quantize_",

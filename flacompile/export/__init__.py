@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch._inductor.package import package_aoti
 from torch.export import ExportedProgram
 
 from flacompile import __version__, hf
-from flacompile.export.gate import LENGTHS, compare, load_programs, references
+from flacompile.export.gate import LENGTHS, Reference, compare, load_programs, references
 from flacompile.export.programs import Step, all_mixers, is_own, trace
 from flacompile.files import write_atomically
 from flacompile.ops.validate import expect
@@ -62,20 +62,13 @@ def export(
     from safetensors.torch import save_file
 
     path = Path(path)
-    _check(model, path, max_length)
+    expect(path.suffix == ".pt2", "path", "a name that ends in .pt2", path.name)
     expect(weights in ("inside", "beside"), "weights", "'inside' or 'beside'", repr(weights))
-    model.eval()
-    context = _context(model, max_length)
+    progress("trace")
+    programs, step, facts, cases = prepare(model, max_length, tokenizer, lengths)
+    beside = path.with_suffix(".safetensors") if weights == "beside" else None
+    facts["weights"] = beside and beside.name
     with torch.no_grad():
-        cases = references(model, lengths, context)
-        expect(bool(cases), "lengths", f"one below the {context} tokens of a sequence", lengths)
-        with all_mixers(model):
-            progress("trace")
-            programs = trace(model, max_length)
-            step = Step(model, max_length)
-        beside = path.with_suffix(".safetensors") if weights == "beside" else None
-        facts = _facts(model, step, context, tokenizer)
-        facts["weights"] = beside and beside.name
         options = {
             "aot_inductor.package": True,
             "aot_inductor.package_constants_in_so": beside is None,
@@ -108,13 +101,37 @@ def export(
     return facts
 
 
-def _check(model: nn.Module, path: Path, max_length: int | None) -> None:
+class Prepared(NamedTuple):
+    """What every format is written from: programs, metadata, and what is compared."""
+
+    programs: dict[str, ExportedProgram]
+    step: Step
+    facts: dict[str, Any]
+    cases: list[Reference]
+
+
+@torch.no_grad()
+def prepare(
+    model: nn.Module, max_length: int | None, tokenizer: str | None, lengths: Sequence[int]
+) -> Prepared:
+    """Checks and traces the model; arguments and errors are those of ``export``."""
+    _check(model, max_length)
+    model.eval()
+    context = _context(model, max_length)
+    cases = references(model, lengths, context)
+    expect(bool(cases), "lengths", f"one below the {context} tokens of a sequence", lengths)
+    with all_mixers(model):
+        programs = trace(model, max_length)
+        step = Step(model, max_length)
+    return Prepared(programs, step, _facts(model, step, context, tokenizer), cases)
+
+
+def _check(model: nn.Module, max_length: int | None) -> None:
     config: Any = getattr(model, "config", None)
     known = hf.is_transformers(model) and hasattr(config, "num_hidden_layers")
     expect(known, "model", "a causal language model of transformers", type(model).__name__)
     has_head = model.get_output_embeddings() is not None  # type: ignore[operator]
     expect(has_head, "model", "one with a language model's head", type(model).__name__)
-    expect(path.suffix == ".pt2", "path", "a name that ends in .pt2", path.name)
     fits = max_length is None or max_length >= 2
     expect(fits, "max_length", "a number of tokens, at least 2", max_length)
 
