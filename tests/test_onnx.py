@@ -49,7 +49,7 @@ def test_three_files_and_every_weight_once(exported):
     assert sorted(sizes) == ["decode.onnx", "prefill.onnx", "weights.bin"]
     assert [path.name for path in folder.parent.iterdir()] == ["model"]  # nothing partial is left
     large = [p.nbytes for p in model.parameters() if p.nbytes >= onnx.SMALL]
-    assert sum(large) <= sizes["weights.bin"] < 1.1 * sum(large)
+    assert sum(large) <= sizes["weights.bin"] < 1.5 * sum(large)  # and masks
     for name in ("prefill.onnx", "decode.onnx"):
         assert str(ROOT).encode() not in (folder / name).read_bytes()
     kept = onnxruntime.InferenceSession(folder / "decode.onnx").get_modelmeta()
