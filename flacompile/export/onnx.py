@@ -65,6 +65,7 @@ def export_onnx(
     fits = parameter.device.type == "cpu" and parameter.dtype == torch.float32
     expect(fits, "model", "fp32 on a CPU", f"{parameter.dtype} on {parameter.device}")
     programs, step, facts, cases = prepare(model, max_length, tokenizer, lengths)
+    facts["weights"] = WEIGHTS
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
