@@ -19,7 +19,7 @@ from flacompile.distill import PRESETS, Recipe, read_recipe
 from flacompile.evaluate import Suite
 from flacompile.evaluate.page import markdown
 from flacompile.export import STAGES
-from flacompile.keep import Keep
+from flacompile.keep import METHODS, Keep
 from flacompile.layers import MIXERS
 from flacompile.runner import Clock, Package, Sampling, generate, pieces, sampling_options
 
@@ -54,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
         )
         command.add_argument(
             "--keep", default="", help="attentions that stay softmax: a share (0.25), indices "
-            "(0,5,-1), or auto, auto:0.5, auto:3 for those worth most; default none",
+            "(0,5,-1), or auto, auto:0.5, auto:3 for those worth most (recall: for recalling what "
+            "was read; uniform: evenly spread); default none",
         )  # fmt: skip
         command.add_argument(
             "--window", type=int, help="tokens of a softmax beside every linear mixer; default none"
@@ -126,14 +127,16 @@ def read_model(path: str) -> tuple[Any, Any]:
 
 def read_keep(text: str) -> Keep:
     """ "0.25" is a share, "0,5,-1" are indices, "auto..." is for ``convert``, "" is nothing."""
-    if text.startswith("auto"):
+    if text.startswith(METHODS):
         return text
     try:
         if "." in text:
             return float(text)
         return [int(part) for part in text.split(",") if part]
     except ValueError as error:
-        raise ValueError(f"keep: expected a share, indices or auto, got {text!r}") from error
+        raise ValueError(
+            f"keep: expected a share, indices or one of {', '.join(METHODS)}, got {text!r}"
+        ) from error
 
 
 @contextmanager

@@ -68,8 +68,9 @@ class Report:
         kept: paths that were kept on request.
         rejected: left alone, with the reason.
         notes: what else there is to know.
-        gains: by path, what restoring this attention alone gained, where keep is "auto": nats of
-            KL to the original model, or relative error where the model returns no logits.
+        gains: by path, what this attention is worth. Where keep is "auto": nats of KL to the
+            original model that restoring it alone gained, or relative error where the model returns
+            no logits; where it is "recall": nats a token of a needle that converting it alone lost.
     """
 
     layers: tuple[Layer, ...]
@@ -114,9 +115,10 @@ def convert(
         mixer: a registry name, or a mixer's ``Config``; of a Config, the fields that differ from
             the class's defaults are used, the rest follows the attention found.
         keep: attentions that stay softmax: their indices in order, negative ones from the end; a
-            share of all, spread evenly; or "auto", "auto:0.5" or "auto:3", a quarter, a share or a
-            number of them, those that bring the model nearest to the original on the first batches
-            of ``calibration`` when one alone is softmax again.
+            share of all, spread evenly; or a method: "auto", those that bring the model nearest to
+            the original on the first batches of ``calibration`` when one alone is softmax again;
+            "recall", those without which alone the model recalls a needle worst; "uniform", evenly
+            spread. "auto" keeps a quarter, "auto:0.5" a share, "auto:3" a number.
         window: a number of tokens; every linear mixer then stands beside a softmax over that many
             last tokens, and each head learns its share of the two.
         init: "neutral" copies q, k, v, o and opens the gates; "calibrated" then sets decay and
@@ -189,7 +191,7 @@ def _convert(
 ) -> Report:
     """``convert`` on arguments that were read; what it did so far stays if it raises."""
     findings = find_attention(model, args, kwargs)
-    kept, to_choose = read_keep(keep, len(findings.sites))
+    kept, choice = read_keep(keep, len(findings.sites))
     chosen = [site for i, site in enumerate(findings.sites) if i not in kept]
     kept_paths = tuple(findings.sites[i].path for i in sorted(kept))
     if not chosen:
@@ -210,12 +212,12 @@ def _convert(
     conventions = {site.path: hf.convention_of(model, site) for site in chosen}
     parts = {x.path: (x, mixers[x.path], conventions[x.path]) for x in chosen}
     calls = _calls(model, args, kwargs, calibration)
-    first = list(itertools.islice(calls, BATCHES)) if to_choose else []
+    first = list(itertools.islice(calls, BATCHES)) if choice else []
     errors = calibrate(model, parts, itertools.chain(first, calls), adjust=calibrated)
     for site in chosen:
         new = mixers[site.path].train(model.training)
         swap_attention(model, site, new, conventions[site.path])
-    gains = keep_best(model, chosen, first, to_choose) if to_choose else {}
+    gains = keep_best(model, chosen, first, choice) if choice else {}
     converted = [site for site in chosen if site.path in swapped(model)]
     kept_paths += tuple(path for path in gains if path not in swapped(model))
     layers = [Layer(x.path, describe_site(x), name, *errors[x.path], window) for x in converted]

@@ -33,7 +33,7 @@ def test_distill_then_generate(tmp_path, capsys):
         (["convert", str(TEACHER), "out", "--mixer", "gal"], "mixer: expected one of abc, attn"),
         (
             ["convert", str(TEACHER), "out", "--keep", "a"],
-            "keep: expected a share, indices or auto",
+            "keep: expected a share, indices or one of auto, recall",
         ),
         (["distill", str(TEACHER), "/nowhere", "out"], "data: expected a text file"),
         (["export", "/nowhere", "model.pt2"], "path: expected a folder with a config.json"),
@@ -50,7 +50,7 @@ def test_errors_are_one_line_and_a_status(arguments, message, capsys, tmp_path, 
 def test_keep():
     assert read_keep("0.25") == 0.25
     assert read_keep("0,5,-1") == [0, 5, -1]
-    assert read_keep("auto:2") == "auto:2"
+    assert read_keep("auto:2") == "auto:2" and read_keep("recall") == "recall"
     assert read_keep("") == []
 
 

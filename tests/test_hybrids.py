@@ -20,6 +20,7 @@ import flacompile
 from flacompile import keep
 from flacompile.convert import report
 from flacompile.distill import Recipe, Stage
+from flacompile.evaluate.needle import needles
 from flacompile.hf_cache import StateLayer
 from flacompile.layers import MIXERS, Attention, HybridAttention
 from flacompile.layers.base import Tokens
@@ -207,6 +208,39 @@ def test_gains_are_what_keeping_one_gains(sharp):
     assert report(again) == report(ranked)
 
 
+def test_recall_drops_are_what_converting_one_loses(sharp):
+    calibration = [ids_of(i, time=40) for i in range(2)]
+    options = {"calibration": calibration, "init": "neutral"}
+    ranked = flacompile.convert(copy.deepcopy(sharp), keep="recall:1", **options)
+    drops = []
+    for i in range(4):
+        others = [j for j in range(4) if j != i]
+        one = flacompile.convert(copy.deepcopy(sharp), keep=others, **options)
+        drops.append(sum(lost(one, sharp, ids, j) for j, ids in enumerate(calibration)) / 2)
+    assert list(report(ranked).gains.values()) == pytest.approx(drops, abs=1e-5)
+    assert report(ranked).kept == (f"model.layers.{drops.index(max(drops))}.self_attn",)
+
+
+def lost(model: torch.nn.Module, teacher: torch.nn.Module, ids: torch.Tensor, seed: int) -> float:
+    """Of the nll of needles that were seen, by the logits."""
+    rows = needles(ids.flatten(), 24, 2, seed).seen
+    nll = []
+    for each in (model, teacher):
+        log_p = logits(each, rows).log_softmax(-1)[:, -9:-1]
+        nll.append(-log_p.gather(-1, rows[:, -8:, None]).mean().item())
+    return nll[0] - nll[1]
+
+
+@pytest.mark.parametrize("calibration", [[ids_of(0, time=20)], [torch.rand(2, 40, 32)]])
+def test_recall_wants_tokens(calibration, sharp):
+    embedded = [{"inputs_embeds": x} if x.is_floating_point() else x for x in calibration]
+    with pytest.raises(
+        ValueError, match=r"calibration: expected token ids \[B, T\] of at least 28"
+    ):
+        flacompile.convert(sharp, keep="recall", calibration=embedded, init="neutral")
+    assert not swapped(sharp)
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_only_attention_that_matters_is_kept(sharp, window):
     for i in (1, 2, 3):
@@ -242,17 +276,23 @@ def test_only_the_first_batches_are_ranked(sharp, monkeypatch):
 NUMBERS = {"auto": 2, "auto:0.5": 4, "auto:.4": 3, "auto:0.01": 1, "auto:1": 1, "auto:7": 7}
 BAD = {
     "auto:8": "keep: expected fewer than all 8 attentions, got 'auto:8'",
-    "auto:0": "keep: expected 'auto', 'auto:<share below 1>' or 'auto:<number>', got 'auto:0'",
-    "auto:1.5": "keep: expected 'auto',",
-    "auto:-1": "keep: expected 'auto',",
-    "auto:nan": "keep: expected 'auto',",
-    "best": "keep: expected 'auto',",
+    "auto:0": "keep: expected auto, recall, uniform, each alone or with ':<share below 1>' or ':<n",
+    "auto:1.5": "keep: expected auto,",
+    "recall:-1": "keep: expected auto,",
+    "auto:nan": "keep: expected auto,",
+    "best": "keep: expected auto,",
+    "uniform:8": "keep: expected fewer than all 8 attentions, got 'uniform:8'",
 }
 
 
 def test_auto_is_read():
     for text, number in NUMBERS.items():
-        assert keep.read_keep(text, 8) == (set(), number)
+        assert keep.read_keep(text, 8) == (set(), ("auto", number))
+        recall = text.replace("auto", "recall")
+        assert keep.read_keep(recall, 8) == (set(), ("recall", number))
+        indices, choice = keep.read_keep(text.replace("auto", "uniform"), 8)
+        assert len(indices) == number and choice is None
+    assert keep.read_keep("uniform:2", 8) == keep.read_keep(0.25, 8) == ({2, 6}, None)
 
 
 @pytest.mark.parametrize("text", BAD)
