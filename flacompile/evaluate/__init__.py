@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flacompile.data import Corpus, Source, read
+from flacompile.data import Corpus, Reading, Source, read
 from flacompile.distill.metrics import Score, by_position, score, share_closed
 from flacompile.distill.objectives import relative_error
 from flacompile.evaluate.cost import STEPS, WARM, Speed, speed
@@ -23,7 +23,7 @@ from flacompile.ops.validate import expect
 from flacompile.passes.capture import evaluating, record_calls, without_cache
 from flacompile.passes.swap_attention import Call, SwappedAttention, swapped
 
-__all__ = ["Evaluation", "Reading", "Recall", "Speed", "Suite", "evaluate"]
+__all__ = ["Evaluation", "Measures", "Recall", "Speed", "Suite", "evaluate"]
 
 BUCKETS = 16  # of positions that nll is averaged over
 PROMPT = 32  # tokens of text that a sample continues
@@ -61,7 +61,7 @@ class Suite:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Measures:
     """What one model showed.
 
     Attributes:
@@ -93,8 +93,8 @@ class Evaluation:
         prompts: that the samples continue.
     """
 
-    model: Reading
-    teacher: Reading | None = None
+    model: Measures
+    teacher: Measures | None = None
     zero: Score | None = None
     layer_errors: dict[str, float] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
@@ -128,7 +128,7 @@ def evaluate(
     Args:
         model: a transformers causal language model: what ``flacompile.convert`` or ``load``
             returned, or any other.
-        data: what ``flacompile.data.read`` reads; text with ``tokenizer``.
+        data: what ``flacompile.data.read`` reads: text, JSON lines, parquet, tokens.
         suite: default ``Suite()``.
         teacher: the model it was converted from, on the same device; None compares with nothing.
         tokenizer: a transformers tokenizer, for text, samples and tasks.
@@ -142,9 +142,10 @@ def evaluate(
             is asked for and lm-eval not installed.
     """
     suite = suite or Suite()
-    device = next(model.parameters()).device
-    corpus = Corpus(read(data, tokenizer).tokens.long().to(device))
+    limit = max(suite.tokens, suite.beyond * suite.length)
+    corpus = read(data, tokenizer, Reading(limit=limit))[:limit]
     expect(len(corpus) >= suite.length, "data", f"at least {suite.length} tokens", len(corpus))
+    corpus = Corpus(corpus.tokens.long().to(next(model.parameters()).device))
     rows = corpus.rows(suite.tokens, suite.length)
     prompts = rows[: suite.samples if tokenizer is not None else 0, :PROMPT]
     zero, errors = None, {}
@@ -154,8 +155,8 @@ def evaluate(
             zero = score(teacher, None, rows)
         errors = _layer_errors(layers, teacher, rows[:1])
     evaluation = Evaluation(
-        _read(model, teacher, corpus, suite, tokenizer, prompts),
-        None if teacher is None else _read(teacher, teacher, corpus, suite, tokenizer, prompts),
+        _measure(model, teacher, corpus, suite, tokenizer, prompts),
+        None if teacher is None else _measure(teacher, teacher, corpus, suite, tokenizer, prompts),
         zero,
         errors,
         [] if tokenizer is None else [tokenizer.decode(ids) for ids in prompts],
@@ -175,18 +176,18 @@ def write(out: Path, evaluation: Evaluation, suite: Suite) -> None:
     page.write(out, evaluation, suite)
 
 
-def _read(
+def _measure(
     model: nn.Module,
     teacher: nn.Module | None,
     corpus: Corpus,
     suite: Suite,
     tokenizer: Any,
     prompts: Tensor,
-) -> Reading:
+) -> Measures:
     """All measures of one model."""
     end, distances, contexts = _lengths(model, len(corpus), suite)
     rows = corpus.rows(suite.tokens, suite.length)
-    return Reading(
+    return Measures(
         score(model, teacher, rows),
         _buckets(model, corpus.rows(suite.tokens, end)),
         {d: recall(model, needles(corpus.tokens, d, suite.trials)) for d in distances},

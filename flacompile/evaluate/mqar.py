@@ -18,7 +18,9 @@ from flacompile.passes.capture import evaluating, without_cache
 BLANK = 0
 
 
-def mqar(rows: int, pairs: int, length: int, vocab: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def mqar(
+    rows: int, pairs: int, length: int, vocab: int, *, dense: bool = False, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Rows of the task and which of their tokens are answers.
 
     Args:
@@ -26,6 +28,7 @@ def mqar(rows: int, pairs: int, length: int, vocab: int, seed: int = 0) -> tuple
         pairs: of key and value in each, all keys different.
         length: tokens, T, at least 4 ``pairs``; what no pair or query fills is BLANK.
         vocab: of token ids, BLANK among them.
+        dense: ask again for keys drawn at random wherever there is room, for a quicker training.
         seed: of everything drawn.
 
     Returns:
@@ -42,12 +45,15 @@ def mqar(rows: int, pairs: int, length: int, vocab: int, seed: int = 0) -> tuple
     key = 1 + shuffled(keys)[:, :pairs]
     value = torch.randint(1 + keys, 1 + 2 * keys, (rows, pairs), generator=generator)
     pair = torch.stack((key, value), -1)
-    slot = 2 * shuffled(length // 2 - pairs)[:, :pairs]  # pairs of places after the context
+    slots = length // 2 - pairs  # pairs of places after the context
+    slot = 2 * shuffled(slots)[:, : slots if dense else pairs]
+    again = torch.randint(pairs, (rows, slot.shape[1] - pairs), generator=generator)
+    asked = torch.cat((pair, pair.gather(1, again[..., None].expand(-1, -1, 2))), 1)
     ids = torch.full((rows, length), BLANK)
     ids[:, : 2 * pairs] = pair.flatten(1)
     mask = torch.zeros(rows, length, dtype=torch.bool)
     for i in range(2):
-        ids.scatter_(1, 2 * pairs + slot + i, pair[..., i])
+        ids.scatter_(1, 2 * pairs + slot + i, asked[..., i])
     return ids, mask.scatter_(1, 2 * pairs + slot + 1, True)
 
 

@@ -10,7 +10,7 @@ from flacompile.distill.metrics import Score
 from flacompile.files import write_atomically
 
 if TYPE_CHECKING:
-    from flacompile.evaluate import Evaluation, Reading, Suite
+    from flacompile.evaluate import Evaluation, Measures, Suite
 
 PICTURE = "![nll by position, recall by distance, error by layer](eval.png)"
 SCORES = [
@@ -100,7 +100,7 @@ def _row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def _recall(readings: dict[str, Reading]) -> str:
+def _recall(readings: dict[str, Measures]) -> str:
     """Accuracy and nll by distance; in brackets where the needle was not seen."""
     distances = list(readings["model"].recall)
     if not distances:
@@ -118,7 +118,7 @@ def _recall(readings: dict[str, Reading]) -> str:
     return "\n".join(["## Recall of a needle, not seen in brackets", "", *rows])
 
 
-def _speed(readings: dict[str, Reading]) -> str:
+def _speed(readings: dict[str, Measures]) -> str:
     lines = [
         _row(name, context, f"{s.prefill:,.0f}", f"{s.decode:,.1f}", f"{s.state_bytes:,}")
         for name, reading in readings.items()
@@ -131,7 +131,7 @@ def _speed(readings: dict[str, Reading]) -> str:
     return "\n".join([*head, _row(*["---"] * 5), *lines])
 
 
-def _tasks(readings: dict[str, Reading]) -> str:
+def _tasks(readings: dict[str, Measures]) -> str:
     lines = [
         _row(name, task, metric.removesuffix(",none"), f"{value:.4f}")
         for name, reading in readings.items()
@@ -144,7 +144,7 @@ def _tasks(readings: dict[str, Reading]) -> str:
     return "\n".join([*head, *lines])
 
 
-def _samples(prompts: list[str], readings: dict[str, Reading]) -> str:
+def _samples(prompts: list[str], readings: dict[str, Measures]) -> str:
     if not prompts:
         return ""
     parts = ["## Samples, greedy"]

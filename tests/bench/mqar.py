@@ -45,13 +45,15 @@ def softmax_teacher(width: int = 64, layers: int = 2) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def train(model: nn.Module, steps: int, pairs: tuple[int, ...] = PAIRS, enough: float = 0.99) -> int:
+def train(
+    model: nn.Module, steps: int, pairs: tuple[int, ...] = PAIRS, enough: float = 0.99
+) -> int:
     """Cross-entropy on answers alone, on fresh rows; ends when ``enough`` of them are right."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 50)
-        ids, mask = mqar(64, pairs[step % len(pairs)], LENGTH, VOCAB, seed=step + 1)
+        ids, mask = mqar(64, pairs[step % len(pairs)], LENGTH, VOCAB, dense=True, seed=step + 1)
         logits = model(ids, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits[mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
         loss.backward()
@@ -71,7 +73,9 @@ def by_pairs(model: nn.Module, rows: int = 256, pairs: tuple[int, ...] = PAIRS) 
 def stream(rows: int, seed: int = 10**6) -> torch.Tensor:
     """Rows of all numbers of pairs end to end, [rows T]."""
     parts = [mqar(rows // len(PAIRS), n, LENGTH, VOCAB, seed=seed + n)[0] for n in PAIRS]
-    order = torch.randperm(rows // len(PAIRS) * len(PAIRS), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(
+        rows // len(PAIRS) * len(PAIRS), generator=torch.Generator().manual_seed(0)
+    )
     return torch.cat(parts)[order].flatten()
 
 
