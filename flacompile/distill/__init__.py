@@ -29,6 +29,7 @@ from flacompile.distill.recipe import PRESETS, STAGES, Recipe, Stage
 from flacompile.distill.recipe_file import read_recipe, write_recipe
 from flacompile.distill.stages import make_objective
 from flacompile.distill.train import fit
+from flacompile.evaluate import evaluate
 from flacompile.passes.swap_attention import Route, swapped
 
 __all__ = [
@@ -61,9 +62,10 @@ def distill(
     distribution, forward KL. Long: the same on longer rows, if the recipe has steps for it. The
     teacher is the attention that ``convert`` kept aside.
 
-    ``out`` receives recipe.yaml, log.jsonl, checkpoint.pt, losses.png and distill.md. A run that
-    was stopped goes on from its checkpoint when called again with a freshly converted model, the
-    same data, recipe and folder, and ends with the same weights.
+    ``out`` receives recipe.yaml, log.jsonl, checkpoint.pt, eval.json, and the page distill.md with
+    losses.png and eval.png. A run that was stopped goes on from its checkpoint when called again
+    with a freshly converted model, the same data, recipe and folder, and ends with the same
+    weights.
 
     Args:
         model: what ``flacompile.convert`` returned; a transformers causal language model.
@@ -114,11 +116,13 @@ def distill(
                 run.next_stage()
     with precision:
         student = score(model, teacher, rows)
+        suite = report.suite(recipe)
+        evaluation = evaluate(model, heldout, suite, teacher=teacher, tokenizer=tokenizer)
     bounds = {name: Score(**run.notes[name]) for name in ROUTES}
     metrics = Metrics(**bounds, student=student)
-    facts = {"steps": run.steps, "training tokens": len(training), "recipe": asdict(recipe)}
+    facts = {"steps": run.steps, "training tokens": len(training)}
     facts |= {name: note for name, note in run.notes.items() if name not in ROUTES}
-    report.write(run.out, metrics, facts)
+    report.write(run.out, metrics, evaluation, recipe, facts)
     return metrics
 
 

@@ -8,7 +8,16 @@ from typing import Any
 
 from flacompile.distill.log import read_json_lines
 from flacompile.distill.metrics import Metrics
+from flacompile.distill.recipe import Recipe
+from flacompile.evaluate import Evaluation, Suite, page
 from flacompile.files import write_atomically
+
+NAMES = {
+    "teacher": "teacher (softmax)",
+    "zero": "mixers output zero (floor)",
+    "fresh": "converted, not trained",
+    "student": "distilled student",
+}
 
 
 def plot_losses(log: Path, picture: Path) -> None:
@@ -30,29 +39,33 @@ def plot_losses(log: Path, picture: Path) -> None:
 
 def table(metrics: Metrics) -> str:
     """The four scores and the share closed, as Markdown."""
-    rows = [
-        "| model | nll | perplexity | KL to teacher | top-1 agreement |",
-        "|---|---|---|---|---|",
-    ]
-    names = {
-        "teacher": "teacher (softmax)",
-        "zero": "mixers output zero (floor)",
-        "fresh": "converted, not trained",
-        "student": "distilled student",
-    }
-    for key, values in asdict(metrics).items():
-        ppl = 2.718281828459045 ** min(values["nll"], 30.0)
-        rows.append(
-            f"| {names[key]} | {values['nll']:.4f} | {ppl:,.2f} | {values['kl']:.4f} "
-            f"| {values['top1']:.1%} |"
-        )
-    return "\n".join(rows) + f"\n\nShare closed: **{metrics.share_closed:.3f}**\n"
+    scores = {name: getattr(metrics, key) for key, name in NAMES.items()}
+    return page.score_table(scores, metrics.share_closed)
 
 
-def write(out: Path, metrics: Metrics, notes: dict[str, Any]) -> Path:
-    """Writes ``losses.png`` and ``distill.md`` into ``out``; returns the latter."""
+def suite(recipe: Recipe) -> Suite:
+    """What the report shows besides the scores: seconds, as no speed is taken."""
+    return Suite(
+        length=recipe.sequence_length,
+        tokens=recipe.eval_tokens,
+        trials=16,
+        contexts=(),
+        samples=2,
+        new_tokens=32,
+    )
+
+
+def write(
+    out: Path, metrics: Metrics, evaluation: Evaluation, recipe: Recipe, notes: dict[str, Any]
+) -> Path:
+    """Writes distill.md and what it shows, losses.png and eval.png; and eval.json."""
     plot_losses(out / "log.jsonl", out / "losses.png")
-    lines = [f"- {name}: {value}" for name, value in notes.items()]
-    text = "# Distillation\n\n" + table(metrics) + "\n![losses](losses.png)\n\n" + "\n".join(lines)
-    write_atomically(out / "distill.md", lambda path: path.write_text(text + "\n"))
+    page.plot(evaluation, suite(recipe), out / "eval.png")
+    page.write_json(out / "eval.json", evaluation, suite(recipe))
+    parts = ["# Distillation", table(metrics), "![losses](losses.png)", page.PICTURE]
+    parts += page.sections(evaluation)
+    notes = notes | {"recipe": asdict(recipe)}
+    parts += ["## Run", "\n".join(f"- {name}: {value}" for name, value in notes.items())]
+    text = "\n\n".join(parts) + "\n"
+    write_atomically(out / "distill.md", lambda path: path.write_text(text, encoding="utf-8"))
     return out / "distill.md"

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flacompile.data import Corpus, Reading, Source, read
+from flacompile.data import Corpus, DataOptions, Source, read
 from flacompile.distill.metrics import Score, by_position, score, share_closed
 from flacompile.distill.objectives import relative_error
 from flacompile.evaluate.cost import STEPS, WARM, Speed, speed
 from flacompile.evaluate.harness import run_tasks
 from flacompile.evaluate.needle import Recall, needles, recall, row_length
-from flacompile.files import write_atomically
 from flacompile.ops.validate import expect
 from flacompile.passes.capture import evaluating, record_calls, without_cache
 from flacompile.passes.swap_attention import Call, SwappedAttention, swapped
@@ -143,7 +141,7 @@ def evaluate(
     """
     suite = suite or Suite()
     limit = max(suite.tokens, suite.beyond * suite.length)
-    corpus = read(data, tokenizer, Reading(limit=limit))[:limit]
+    corpus = read(data, tokenizer, DataOptions(limit=limit))[:limit]
     expect(len(corpus) >= suite.length, "data", f"at least {suite.length} tokens", len(corpus))
     corpus = Corpus(corpus.tokens.long().to(next(model.parameters()).device))
     rows = corpus.rows(suite.tokens, suite.length)
@@ -162,18 +160,10 @@ def evaluate(
         [] if tokenizer is None else [tokenizer.decode(ids) for ids in prompts],
     )
     if out is not None:
-        write(Path(out), evaluation, suite)
+        from flacompile.evaluate import page
+
+        page.write(Path(out), evaluation, suite)
     return evaluation
-
-
-def write(out: Path, evaluation: Evaluation, suite: Suite) -> None:
-    """Leaves the figures as eval.json, and as a page with a picture."""
-    from flacompile.evaluate import page
-
-    figures = {"share_closed": evaluation.share_closed, "suite": asdict(suite)} | asdict(evaluation)
-    text = json.dumps(figures, indent=1)
-    write_atomically(out / "eval.json", lambda path: path.write_text(text, encoding="utf-8"))
-    page.write(out, evaluation, suite)
 
 
 def _measure(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,8 @@ SCORES = [
 
 
 def write(out: Path, evaluation: Evaluation, suite: Suite) -> None:
-    """Writes ``eval.md`` and its picture ``eval.png`` into ``out``."""
+    """Writes eval.json, and the page eval.md with its picture eval.png, into ``out``."""
+    write_json(out / "eval.json", evaluation, suite)
     plot(evaluation, suite, out / "eval.png")
     text = markdown(evaluation).replace("\n\n", f"\n\n{PICTURE}\n\n", 1) + "\n"
     write_atomically(out / "eval.md", lambda path: path.write_text(text, encoding="utf-8"))
@@ -28,15 +31,27 @@ def write(out: Path, evaluation: Evaluation, suite: Suite) -> None:
 
 def markdown(evaluation: Evaluation) -> str:
     """All figures and samples, without the picture."""
-    named = {"teacher": evaluation.teacher, "model": evaluation.model}
-    readings = {name: reading for name, reading in named.items() if reading is not None}
-    scores = {name: reading.score for name, reading in readings.items()}
+    scores = {"teacher": evaluation.teacher.score} if evaluation.teacher else {}
+    scores["model"] = evaluation.model.score
     if evaluation.zero is not None:
         scores["attention silenced (floor)"] = evaluation.zero
-    parts = ["# Evaluation", score_table(scores, evaluation.share_closed)]
-    parts += [_recall(readings), _speed(readings), _tasks(readings)]
-    parts.append(_samples(evaluation.prompts, readings))
-    return "\n\n".join(part for part in parts if part)
+    head = ["# Evaluation", score_table(scores, evaluation.share_closed)]
+    return "\n\n".join([*head, *sections(evaluation)])
+
+
+def sections(evaluation: Evaluation) -> list[str]:
+    """What there is beside the scores, a table or list each."""
+    readings = {"teacher": evaluation.teacher} if evaluation.teacher else {}
+    readings["model"] = evaluation.model
+    parts = [_recall(readings), _speed(readings), _tasks(readings)]
+    return [part for part in (*parts, _samples(evaluation.prompts, readings)) if part]
+
+
+def write_json(file: Path, evaluation: Evaluation, suite: Suite) -> None:
+    """All figures."""
+    figures = {"share_closed": evaluation.share_closed, "suite": asdict(suite)} | asdict(evaluation)
+    text = json.dumps(figures, indent=1)
+    write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def score_table(scores: dict[str, Score], share_closed: float | None) -> str:

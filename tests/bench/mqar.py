@@ -1,6 +1,7 @@
 """What recall a conversion keeps: a two-layer softmax teacher of MQAR, converted and distilled.
 
-    python tests/bench/mqar.py [--mixer NAME ...] [--keep 1] [--window 16] [--steps 200] [--teacher FILE]
+    python tests/bench/mqar.py [--mixer NAME ...] [--keep 1] [--window 16] [--steps 200]
+        [--teacher FILE]
 
 The teacher is trained first, or read from ``--teacher``, until it answers nearly every query of up
 to PAIRS[-1] pairs. Then one row a mixer: accuracy by number of pairs after the conversion alone,
