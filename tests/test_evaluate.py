@@ -18,7 +18,7 @@ from torch import nn
 
 import flacompile
 from flacompile.cli import main
-from flacompile.distill import metrics, objectives
+from flacompile.distill import Recipe, Stage, metrics, objectives, report
 from flacompile.evaluate import Suite, cost, evaluate
 from flacompile.evaluate.harness import run_tasks
 from flacompile.evaluate.needle import BEFORE, CUE, NEEDLE, needles, recall
@@ -185,11 +185,38 @@ def test_speed_is_tokens_by_seconds(monkeypatch):
     assert (found.prefill, found.decode) == (20.0, 4.0)
 
 
+def test_distillation_leaves_a_page(tmp_path):
+    """Its own evaluation, against the teacher as it was before the body moved."""
+    recipe = Recipe(
+        align=Stage(steps=1),
+        logits=Stage(steps=2, mixer_lr=1e-3, rest_lr=1e-3),
+        sequence_length=12,
+        batch_size=2,
+        eval_tokens=96,
+        heldout=0.25,
+    )
+    model = flacompile.convert(copy.deepcopy(teacher()), "gla", init="neutral")
+    metrics_found = flacompile.distill(model, stream(), recipe, out=tmp_path)
+    found = evaluate(model, stream()[300:], report.suite(recipe), teacher=teacher())
+    left = json.loads((tmp_path / "eval.json").read_text())
+    assert left["share_closed"] == pytest.approx(metrics_found.share_closed, rel=1e-4)
+    assert left["share_closed"] == pytest.approx(found.share_closed, rel=1e-4)
+    assert left["model"]["recall"]["16"] == pytest.approx(
+        dataclasses.asdict(found.model.recall[16]), rel=1e-4
+    )
+    assert list(left["layer_errors"].values()) == pytest.approx(
+        list(found.layer_errors.values()), rel=1e-4
+    )
+    page = (tmp_path / "distill.md").read_text()
+    assert "(losses.png)" in page and "(eval.png)" in page and "| model: accuracy |" in page
+    assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
+
+
 WRONG = {
     "short data": (stream(8), {}, "data: expected at least 12 tokens, got 8"),
     "far": (stream(), {"distances": (500,)}, "distances: expected rows of at most 128 tokens"),
     "no room": (stream(60), {"distances": (50,)}, "distance: expected 12 to 44 in a text of 60"),
-    "near": (stream(), {"distances": (3,)}, "distance: expected 12 to 384"),
+    "near": (stream(), {"distances": (3,)}, "distance: expected 12 to 80"),
     "long": (stream(), {"contexts": (128,)}, "contexts: expected rows of at most 128 tokens"),
     "tasks": (stream(), {"tasks": ("arc_easy",)}, "tokenizer: expected one to run tasks"),
 }

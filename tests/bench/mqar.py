@@ -26,7 +26,7 @@ from flacompile.distill import Recipe, Stage
 from flacompile.evaluate.mqar import accuracy, mqar
 from flacompile.layers import MIXERS
 
-VOCAB, LENGTH, PAIRS = 64, 64, (2, 4, 8, 16)
+VOCAB, LENGTH, PAIRS = 32, 32, (2, 4, 8)
 
 
 def softmax_teacher(width: int = 64, layers: int = 2) -> LlamaForCausalLM:
@@ -39,7 +39,8 @@ def softmax_teacher(width: int = 64, layers: int = 2) -> LlamaForCausalLM:
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=2 * LENGTH,
+        initializer_range=width**-0.5,  # of 0.02 the attention stays uniform for long
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -115,7 +116,7 @@ def main() -> None:
         print(f"teacher: {train(teacher, 4000)} steps", flush=True)
         if options.teacher:
             torch.save(teacher.state_dict(), options.teacher)
-    print("| mixer | " + " | ".join(f"{n} pairs" for n in PAIRS) + " |\n" + "|---" * 5 + "|")
+    print("| mixer | " + " | ".join(f"{n} pairs" for n in PAIRS) + " |\n" + "|---" * (len(PAIRS) + 1) + "|")
     print(row("softmax teacher", by_pairs(teacher)), flush=True)
     for mixer in options.mixer or sorted(MIXERS):
         fresh, after = distilled(teacher, mixer, options.keep, options.window, options.steps)
