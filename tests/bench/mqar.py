@@ -116,7 +116,8 @@ def main() -> None:
         print(f"teacher: {train(teacher, 4000)} steps", flush=True)
         if options.teacher:
             torch.save(teacher.state_dict(), options.teacher)
-    print("| mixer | " + " | ".join(f"{n} pairs" for n in PAIRS) + " |\n" + "|---" * (len(PAIRS) + 1) + "|")
+    print("| mixer | " + " | ".join(f"{n} pairs" for n in PAIRS) + " |")
+    print("|---" * (len(PAIRS) + 1) + "|")
     print(row("softmax teacher", by_pairs(teacher)), flush=True)
     for mixer in options.mixer or sorted(MIXERS):
         fresh, after = distilled(teacher, mixer, options.keep, options.window, options.steps)
