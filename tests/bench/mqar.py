@@ -55,7 +55,8 @@ def train(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 50)
-        ids, mask = mqar(64, pairs[step % len(pairs)], LENGTH, VOCAB, dense=True, seed=step + 1)
+        turn, which = divmod(step, len(pairs))  # answers close by teach what is then asked far off
+        ids, mask = mqar(64, pairs[which], LENGTH, VOCAB, dense=turn % 2 == 0, seed=step + 1)
         logits = model(ids, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits[mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
         loss.backward()
