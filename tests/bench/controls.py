@@ -31,6 +31,7 @@ from flacompile.data import read
 from flacompile.distill import Recipe, Stage
 from flacompile.distill.objectives import attention_io, relative_error
 from flacompile.layers import MIXERS
+from flacompile.passes.sites import AttentionWeights
 from flacompile.passes.swap_attention import swapped
 
 TEACHER = Path(__file__).resolve().parents[1] / "teacher"
@@ -46,17 +47,14 @@ def fresh_qkvo(model: nn.Module) -> None:
 
 @torch.no_grad()
 def row_repeated(model: nn.Module) -> None:
-    """Head h of k and v gets the rows that repeating each row of the weight puts at its place."""
+    """A head of k and v for each of q, of the rows that repeating rows puts at its place."""
     for layer in swapped(model).values():
-        mixer = layer.mixer
-        heads, size = mixer.config.num_heads, mixer.config.head_dim
-        group = heads // mixer.kv_heads
-        for name in "kv":
-            proj = mixer.projection(name)
-            wide = nn.Linear(proj.in_features, heads * size, bias=False)
-            wide.weight.copy_(proj.weight.repeat_interleave(group, 0))
-            setattr(mixer, mixer.places[name], wide)
-        mixer.kv_heads = heads
+        config = replace(layer.mixer.config, num_kv_heads=None)
+        group = config.num_heads // layer.mixer.kv_heads
+        q, k, v, o = (layer.original.get_submodule(f"{name}_proj").weight for name in "qkvo")
+        k, v = (weight.repeat_interleave(group, 0) for weight in (k, v))
+        layer.mixer = type(layer.mixer)(config).eval()
+        layer.mixer.load_attention(AttentionWeights(q, k, v, o, *[None] * 6))
 
 
 def logits_only(recipe: Recipe) -> Recipe:
