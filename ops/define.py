@@ -40,13 +40,13 @@ def define(
     """
     name = cpu.__name__
     if visible is None:
-        on_cpu = torch.library.custom_op(
+        on_cpu: Any = torch.library.custom_op(
             f"{NAMESPACE}::{name}", cpu, mutates_args=(), device_types="cpu"
         )
     else:
         on_cpu = torch.library.triton_op(f"{NAMESPACE}::{name}", visible, mutates_args=())
         on_cpu.register_kernel("cpu")(cpu)
-    on_cuda = torch.library.triton_op(f"{NAMESPACE}::{name}_cuda", cuda, mutates_args=())
+    on_cuda: Any = torch.library.triton_op(f"{NAMESPACE}::{name}_cuda", cuda, mutates_args=())
     for op in (on_cpu, on_cuda):
         op.register_fake(fake)
         if name in AXES:
