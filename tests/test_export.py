@@ -5,8 +5,9 @@ from importlib import import_module
 
 import pytest
 import torch
-from models import MODELS, VOCAB
+from models import MODELS, VOCAB, llama
 from packages import converted
+from safetensors.torch import load_file
 
 import flacompile
 from flacompile.export.gate import compare, load_programs, references
@@ -73,6 +74,21 @@ def test_nothing_partial_is_left(exported):
     assert tuple(exported.stages) == exporting.STAGES
     assert max(exported.facts["errors"].values()) < 1e-5
     assert [p.name for p in exported.path.parent.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.slow
+def test_weights_beside_and_a_transformer_as_it_is(tmp_path):
+    model = llama(num_hidden_layers=1, tie_word_embeddings=True)().model
+    path, lengths = tmp_path / "model.pt2", (1, 40)
+    facts = flacompile.export(model, path, max_length=80, weights="beside", lengths=lengths)
+    assert facts["weights"] == "model.safetensors" and max(facts["errors"].values()) < 1e-5
+    weights = load_file(tmp_path / "model.safetensors")
+    loaded = load_programs(path, weights)
+    cases = references(model, lengths, 80)
+    assert max(compare(loaded, lambda batch: begin(loaded, batch), cases).values()) < 1e-5
+    weights["model.model.norm.weight"].zero_()  # read where it lies, by both
+    for program in loaded.values():
+        assert not program(torch.tensor([[3]]), tuple(begin(loaded, 1)))[0].any()
 
 
 @torch.no_grad()

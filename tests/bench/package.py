@@ -1,0 +1,74 @@
+"""A decoded token by a package, beside the model in eager mode and one reading of its weights.
+
+    python tests/bench/package.py --layers 4 --dtype float32 --mixer simple_gla
+
+The model has the shape of SmolLM2-135M and random weights. Only ``decode`` is compiled. Times are
+the smallest of many, wall and CPU, on one thread; the reading is a dot product of all weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch._inductor.package import load_package, package_aoti
+
+import flacompile
+from flacompile.export.programs import Step, all_mixers, trace
+
+
+def smallest(call: Callable[[], object], repeats: int) -> str:
+    """The smallest wall time and the smallest CPU time of a call."""
+    walls, cpus = [], []
+    for _ in range(repeats):
+        wall, cpu = time.perf_counter(), time.process_time()
+        call()
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+    return f"{1e3 * min(walls):.1f} ms, CPU {1e3 * min(cpus):.1f} ms"
+
+
+@torch.no_grad()
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--layers", type=int, default=4)
+    options.add_argument("--dtype", default="float32")
+    options.add_argument("--mixer", default="simple_gla")
+    options.add_argument("--freezing", action="store_true", help="let Inductor pack the weights")
+    options.add_argument("--package", type=Path, help="keep it here, and use it if it is there")
+    options.add_argument("--repeats", type=int, default=40)
+    options = options.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=options.layers,
+        num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(getattr(torch, options.dtype)).eval()
+    flacompile.finalize(flacompile.convert(model, options.mixer, init="neutral"))
+    weights = torch.cat([p.flatten() for p in model.parameters()])
+    words = weights.view(torch.float32).nan_to_num()
+    with all_mixers(model), tempfile.TemporaryDirectory() as folder:
+        step, ids = Step(model, 2048), torch.ones(1, 1, dtype=torch.long)
+        path = options.package or Path(folder) / "decode.pt2"
+        if not path.exists():
+            program = trace(model, 2048, ["decode"])["decode"]
+            args, kwargs = program.example_inputs
+            inductor = {"aot_inductor.package": True, "freezing": options.freezing}
+            files = torch._inductor.aot_compile(program.module(), args, kwargs, options=inductor)
+            package_aoti(str(path), {"decode": files})
+        calls = {"package": load_package(str(path), "decode"), "eager": step}
+        print(f"{options.layers} layers of {options.mixer}, {weights.nbytes / 1e6:.0f} MB")
+        print("read", smallest(lambda: words.dot(words), options.repeats))
+        for name, call in calls.items():
+            states = step.begin(1)
+            print(name, smallest(lambda: call(ids, states), options.repeats))  # noqa: B023
+
+
+if __name__ == "__main__":
+    main()
