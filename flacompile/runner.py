@@ -50,7 +50,10 @@ class Package:
         check_machine(self.facts)
         self.device = torch.device(self.facts["device"])
         self._dtypes = [getattr(torch, name) for name in self.facts["state_dtypes"]]
-        loaded = load_pt2(str(path)).aoti_runners  # load_package would load both twice
+        try:
+            loaded = load_pt2(str(path)).aoti_runners  # load_package would load both twice
+        except RuntimeError as error:
+            raise ValueError(f"package: expected one that loads, got {path}: {error}") from error
         self._prefill, self._decode = (loaded[name].loader.run for name in ("prefill", "decode"))
 
     def begin(self, batch_size: int) -> tuple[Tensor, ...]:

@@ -47,18 +47,22 @@ std::string name_of(at::ScalarType dtype) {
   }
 }
 
-Metadata metadata_of(const std::string& path) {
+// What read gives; Refused if it throws.
+template <class Read>
+auto readable(const std::string& expected, const std::string& path, Read read) {
   try {
-    return AOTIModelPackageLoader::load_metadata_from_package(path, "prefill");
+    return read();
   } catch (const std::exception& error) {
-    std::string reason = error.what();
-    throw Refused("package: expected a .pt2 package, got " + path + ": " +
+    const std::string reason = error.what();
+    throw Refused("package: expected " + expected + ", got " + path + ": " +
                   reason.substr(0, reason.find('\n')));
   }
 }
 
 Facts read_facts(const std::string& path) {
-  const Metadata texts = metadata_of(path);
+  const Metadata texts = readable("a .pt2 package", path, [&] {
+    return AOTIModelPackageLoader::load_metadata_from_package(path, "prefill");
+  });
   auto fact = [&](const std::string& name) {
     const auto found = texts.find(name);
     expect(found != texts.end(), "package", "one of flacompile.export", path + " without " + name);
@@ -116,7 +120,7 @@ struct Package::Code {
 
 Package::Package(const std::string& path) : facts_(read_facts(path)) {
   check_machine(facts_);
-  code_ = std::make_unique<Code>(path);
+  code_ = readable("one that loads", path, [&] { return std::make_unique<Code>(path); });
 }
 
 Package::~Package() = default;
