@@ -187,9 +187,10 @@ def check_machine(facts: dict[str, Any]) -> None:
 class Sampling:
     """How a token is drawn from logits.
 
-    temperature divides the logits, and 0 takes the most likely token; of the others only the most
-    likely ones are kept whose probabilities before the last of them sum to less than top_p (nucleus
-    sampling, Holtzman et al. 2019, arXiv 1904.09751). The seed is that of one sequence.
+    temperature divides the logits, and 0 takes the most likely token. Of the others only the most
+    likely ones are kept, up to the first at which their probabilities sum to top_p, and those equal
+    to it (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751). The seed is that of one
+    sequence.
     """
 
     temperature: float = 0.0
@@ -222,8 +223,9 @@ class Sampler:
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     """The next token of each sequence.
 
-    With the probabilities p in falling order, those kept and u uniform in [0, 1), it is the first
-    token at which the sum of p reaches u Σ kept.
+    With the probabilities p, zero for those not kept, and u uniform in [0, 1), it is the first
+    token at which the sum of p exceeds u Σ p. No order among equals enters, so that no batch
+    changes a token.
 
     Args:
         logits: [B, vocabulary].
@@ -243,11 +245,22 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     numbers = torch.tensor(rows, dtype=torch.float64, device=logits.device)
     temperature, top_p, uniform = numbers.t()[..., None]  # [B, 1] each
     warm = torch.where(temperature > 0, temperature, 1.0)
-    p, order = (logits.double() / warm).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    p = (logits.double() / warm).softmax(-1)
+    p = torch.where(p >= _least_kept(p, top_p), p, 0.0)
     reached = p.cumsum(-1)
-    kept = (reached - p < top_p).sum(-1, keepdim=True)
-    index = (reached < uniform * reached.gather(-1, kept - 1)).sum(-1, keepdim=True)
-    return torch.where(temperature > 0, order.gather(-1, index), greedy[:, None])
+    token = (reached <= uniform * reached[:, -1:]).sum(-1, keepdim=True)
+    return torch.where(temperature > 0, token, greedy[:, None])
+
+
+def _least_kept(p: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest probability [B, 1] kept of p [B, vocabulary]; found without sorting them all."""
+    count, vocabulary = 256, p.shape[-1]
+    while True:
+        most = p.topk(min(count, vocabulary)).values
+        kept = (most.cumsum(-1) - most < top_p).sum(-1, keepdim=True)
+        if count >= vocabulary or bool(((kept < count) | (top_p == 1)).all()):
+            return torch.where(top_p < 1, most.gather(-1, kept - 1), 0.0)
+        count *= 16
 
 
 def generate(

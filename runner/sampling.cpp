@@ -4,14 +4,15 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/gather.h>
+#include <ATen/ops/le.h>
 #include <ATen/ops/lt.h>
 #include <ATen/ops/max.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/softmax.h>
-#include <ATen/ops/sort.h>
 #include <ATen/ops/sub.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/topk.h>
+#include <ATen/ops/where.h>
 
 #include <algorithm>
 #include <cmath>
@@ -19,6 +20,20 @@
 #include "json.h"
 
 namespace flacompile {
+namespace {
+
+// The smallest probability kept of p [1, vocabulary]; found without sorting them all.
+double least_kept(const at::Tensor& p, double top_p) {
+  if (top_p == 1) return 0;
+  const int64_t vocabulary = p.size(-1);
+  for (int64_t count = 256;; count *= 16) {
+    const auto most = std::get<0>(at::topk(p, std::min(count, vocabulary)));
+    const auto kept = at::sum(at::cumsum(most, -1) - most < top_p).item<int64_t>();
+    if (kept < count || count >= vocabulary) return most[0][kept - 1].item<double>();
+  }
+}
+
+}  // namespace
 
 Sampler::Sampler(const Sampling& sampling)
     : sampling_(sampling), generator_(at::detail::createCPUGenerator(sampling.seed)) {
@@ -35,12 +50,10 @@ at::Tensor Sampler::operator()(const at::Tensor& logits) {
   expect(std::isfinite(largest), "logits", "numbers", "a largest one of " + std::to_string(largest));
   const double uniform = at::rand({}, generator_, at::dtype(at::kDouble)).item<double>();
   if (sampling_.temperature == 0) return greedy;
-  const auto all = at::softmax(logits.to(at::kDouble) / sampling_.temperature, -1);
-  const auto [p, order] = at::sort(all, /*stable=*/true, -1, /*descending=*/true);
+  auto p = at::softmax(logits.to(at::kDouble) / sampling_.temperature, -1);
+  p = at::where(p >= least_kept(p, sampling_.top_p), p, 0.0);
   const auto reached = at::cumsum(p, -1);
-  const auto kept = at::sum(reached - p < sampling_.top_p, {-1}, /*keepdim=*/true);
-  const auto goal = uniform * at::gather(reached, -1, kept - 1);
-  return at::gather(order, -1, at::sum(reached < goal, {-1}, /*keepdim=*/true));
+  return at::sum(reached <= uniform * reached.slice(-1, -1), {-1}, /*keepdim=*/true);
 }
 
 void generate(Package& package, const std::vector<int64_t>& ids, int64_t tokens,

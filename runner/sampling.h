@@ -12,8 +12,8 @@
 
 namespace flacompile {
 
-// temperature 0 takes the most likely token. Of the others only the most likely ones are kept whose
-// probabilities before the last of them sum to less than top_p.
+// temperature 0 takes the most likely token. Of the others only the most likely ones are kept, up to
+// the first at which their probabilities sum to top_p, and those equal to it.
 struct Sampling {
   double temperature = 0, top_p = 1;
   int64_t seed = 0;

@@ -234,6 +234,17 @@ def test_choose():
             choose(logits[:1] * 0 + broken, [Sampler(Sampling())])
 
 
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.99])
+def test_the_least_kept_is_that_of_a_sort(top_p):
+    """Also where more are kept than are looked at first."""
+    p = torch.rand(3, 6000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    p = (p * torch.tensor([[1.0], [4.0], [200.0]])).softmax(-1)
+    falling = p.sort(-1, descending=True).values
+    kept = (falling.cumsum(-1) - falling < top_p).sum(-1, keepdim=True)
+    got = runner._least_kept(p, torch.full((3, 1), top_p, dtype=torch.float64))
+    assert torch.equal(got, falling.gather(-1, kept - 1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
