@@ -166,6 +166,8 @@ def read_facts(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"package: expected a .pt2 package, got {path}: {error}") from error
     missing = [name for name in FACTS if name not in texts]
     expect(not missing, "package", "one of flacompile.export", f"{path} without {missing}")
+    weights = texts.get("weights", "null")  # without those beside it, it would run on nothing
+    expect(weights == "null", "package", "one with its weights inside", f"weights in {weights}")
     return texts | {name: json.loads(texts[name]) for name in FACTS}
 
 

@@ -69,6 +69,9 @@ Facts read_facts(const std::string& path) {
     return Json::parse(found->second, name);
   };
   Facts facts;
+  // Without weights that lie beside it, a package would run on nothing.
+  const std::string weights = texts.count("weights") ? texts.at("weights") : "null";
+  expect(weights == "null", "package", "one with its weights inside", "weights in " + weights);
   const Json shapes = fact("state_shapes"), dtypes = fact("state_dtypes"), end = fact("end");
   for (const Json& id : end.array()) facts.end.push_back(id.number());
   for (const Json& shape : shapes.array()) {
