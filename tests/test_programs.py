@@ -8,7 +8,7 @@ import flacompile
 from flacompile import hf, lm
 from flacompile.convert import build
 from flacompile.export.gate import compare, references
-from flacompile.export.programs import SPAN, Step, all_mixers, trace
+from flacompile.export.programs import SPAN, Step, all_mixers, capture
 from flacompile.layers import MIXERS
 from flacompile.passes.find_attention import find_attention
 from flacompile.passes.swap_attention import swap_attention, swapped
@@ -54,7 +54,7 @@ def test_every_mixer_in_one_program():
         step = Step(model, ROOM)
         errors = compare({"prefill": step, "decode": step}, step.begin, cases)
         assert max(errors.values()) < 1e-9
-        program = trace(model, ROOM, ["prefill"])["prefill"]
+        program = capture(step, "prefill")
         both = {"prefill": program.module(check_guards=False), "decode": step}
         assert compare(both, step.begin, cases)["prefill"] < 1e-9
 

@@ -100,26 +100,28 @@ def trace(
 ) -> dict[str, ExportedProgram]:
     """``prefill`` for any B and T and ``decode`` for T = 1, with our ops opened.
 
-    A number of chunks that is one in the example would be specialised inside an op's body, where
-    export does not look. So the example has more than two of the largest spans that the CPU form
-    folds. Every example is contiguous.
-
     Args:
         model: in evaluation mode, inside ``all_mixers``.
         max_length: tokens that a state has room for where it keeps every token.
         names: the programs wanted.
     """
-    device = next(model.parameters()).device
-    step, programs = Step(model, max_length), {}
-    states = step.begin(2)
-    for name in names:
-        time = SPAN * 3 - 70 if name == "prefill" else 1
-        ids = torch.ones(2, time, dtype=torch.long, device=device)
-        sizes = {0: Dim.DYNAMIC} | ({1: Dim.DYNAMIC} if name == "prefill" else {})
-        shapes = (sizes, tuple({0: Dim.DYNAMIC} for _ in states))
-        program = torch.export.export(step, (ids, states), dynamic_shapes=shapes)
-        programs[name] = decompose(program)
-    return programs
+    step = Step(model, max_length)
+    return {name: decompose(capture(step, name)) for name in names}
+
+
+def capture(step: Step, name: str) -> ExportedProgram:
+    """The program of that name, in which each of our ops is one node.
+
+    A number of chunks that is one in the example would be specialised inside an op's body, where
+    export does not look. So the example has more than two of the largest spans that the CPU form
+    folds. Every example is contiguous.
+    """
+    device, states = step.empty[0].device, step.begin(2)
+    time = SPAN * 3 - 70 if name == "prefill" else 1
+    ids = torch.ones(2, time, dtype=torch.long, device=device)
+    sizes = {0: Dim.DYNAMIC} | ({1: Dim.DYNAMIC} if name == "prefill" else {})
+    shapes = (sizes, tuple({0: Dim.DYNAMIC} for _ in states))
+    return torch.export.export(step, (ids, states), dynamic_shapes=shapes)
 
 
 def _replace_kept(model: nn.Module) -> list[str]:
