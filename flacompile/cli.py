@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import flacompile
-from flacompile.distill import PRESETS, Recipe, read_recipe
+from flacompile.distill import PRESETS, Recipe, processes, read_recipe
 from flacompile.evaluate import Suite
 from flacompile.evaluate.page import markdown
 from flacompile.export import STAGES
@@ -163,12 +163,17 @@ def run(options: argparse.Namespace) -> None:
             model, options.mixer, keep=read_keep(options.keep), window=options.window,
             init=options.init,
         )  # fmt: skip
-        print(flacompile.report(model))
+        first = processes.rank() == 0
+        if first:
+            print(flacompile.report(model))
         if options.command == "distill":
-            print(_distill(model, tokenizer, recipe, options))
-        model.save_pretrained(options.out)
-        tokenizer.save_pretrained(options.out)
-        print(f"wrote {options.out}")
+            text = _distill(model, tokenizer, recipe, options)
+            if first:
+                print(text)
+        if first:
+            model.save_pretrained(options.out)
+            tokenizer.save_pretrained(options.out)
+            print(f"wrote {options.out}")
     elif options.command == "eval":
         print(_evaluate(options))
     elif options.command == "export":
@@ -208,6 +213,12 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 
 def _distill(model: Any, tokenizer: Any, recipe: Recipe, options: argparse.Namespace) -> str:
+    if processes.rank() == 0:
+        print(
+            f"checkpoints go to {options.out} every {recipe.checkpoint_every} steps; a run that is "
+            "stopped goes on from the last one by the same command, with any number of processes",
+            file=sys.stderr,
+        )
     flacompile.distill(
         model,
         None if options.data == "self" else options.data,
@@ -283,7 +294,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command; a ValueError becomes one line and exit status 2."""
     options = parser().parse_args(argv)
     try:
-        run(options)
+        with processes.joined():
+            run(options)
     except ValueError as error:
         print(f"flacompile {options.command}: {error}", file=sys.stderr)
         return 2

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import traceback
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,9 +33,12 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import flacompile
+from flacompile.distill import Recipe, Stage
+from flacompile.distill.log import read_json_lines
 from flacompile.layers import MIXERS
 from flacompile.ops.sharding import AXES
 from flacompile.parallel import MixerParallel, context_parallel, tensor_parallel_plan
+from flacompile.passes.swap_attention import student_state
 
 TIME, CUT = 29, 13  # tokens in all, and those of rank 0
 BOUND = 1e-12
@@ -251,6 +257,57 @@ def what_cannot_be_split_is_refused(mesh: DeviceMesh):
         parallelize_module(mixer("attn"), mesh, MixerParallel())
 
 
+TOGETHER = Recipe(
+    align=Stage(steps=2),
+    logits=Stage(steps=4, mixer_lr=1e-3, rest_lr=3e-4),
+    sequence_length=16,
+    batch_size=2,
+    eval_tokens=64,
+    checkpoint_every=1,
+    activation_checkpointing=True,
+)
+IN_PARTS = replace(
+    TOGETHER,
+    align=replace(TOGETHER.align, accumulate=2),
+    logits=replace(TOGETHER.logits, accumulate=2),
+)
+
+
+def distilled(out: str, recipe: Recipe):
+    tokens = torch.randint(0, 61, (800,), generator=torch.Generator().manual_seed(3))
+    model = flacompile.convert(MODELS["llama"]().model, "gla", init="neutral")
+    flacompile.distill(model, tokens, recipe, out=out)
+    return student_state(model)
+
+
+def prepare():
+    """Runs of one process: of the rows in two parts, of all at once, and one that is stopped."""
+    torch.save(distilled("in parts", IN_PARTS), "in parts/weights.pt")
+    torch.save(distilled("at once", TOGETHER), "at once/weights.pt")
+    step, steps = torch.optim.AdamW.step, []
+
+    def stop(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.AdamW, "step", stop)
+        distilled("stopped", TOGETHER)
+
+
+def is_the_run(out: str, reference: str, mesh: DeviceMesh):
+    """Losses, norms of gradients and weights of a run in two processes."""
+    weights = distilled(out, TOGETHER)
+    got, want = (read_json_lines(Path(folder) / "log.jsonl") for folder in (out, reference))
+    assert [(r["stage"], r["step"]) for r in got] == [(r["stage"], r["step"]) for r in want]
+    for a, b in zip(got, want, strict=True):
+        assert (a["loss"], a["norm"]) == pytest.approx((b["loss"], b["norm"]), rel=1e-4), (a, b)
+    for key, x in torch.load(f"{reference}/weights.pt").items():
+        assert (weights[key] - x).norm() <= 1e-4 * (1 + x.norm()), key
+
+
 CHECKS = {
     "ops split by batch": ops_run_on_their_part("B"),
     "ops split by heads": ops_run_on_their_part("HCG"),
@@ -260,11 +317,14 @@ CHECKS = {
     "model split by heads": a_converted_model_is_split_like_the_original,
     "model in turn": a_converted_model_reads_a_part_of_the_sequence,
     "refusals": what_cannot_be_split_is_refused,
+    "distillation": partial(is_the_run, "together", "in parts"),
+    "distillation that one process began": partial(is_the_run, "stopped", "at once"),
 }
 
 
 def _work(rank: int, size: int, folder: Path):
     torch.set_num_threads(1)
+    os.chdir(folder)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meet",
@@ -286,6 +346,9 @@ def _work(rank: int, size: int, folder: Path):
 
 def run(folder: Path, size: int = 2) -> dict[str, str]:
     """What failed in each check, in any process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        prepare()
     torch.multiprocessing.spawn(_work, (size, folder), size)
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
     return {name: "\n".join(filter(None, (x[name] for x in found))) for name in CHECKS}

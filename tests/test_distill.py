@@ -149,6 +149,9 @@ def test_chunked_kl_is_the_full_one(rows, bias, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+SHORT = dataclasses.replace(TINY, align=Stage(steps=1), logits=Stage(steps=0))
+
+
 class Killed(Exception):
     """Stands for the end of the process."""
 
@@ -246,35 +249,44 @@ def test_finished_run_is_only_read_again(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == log
 
 
+def checkpoint_in(out: Path) -> Path:
+    (folder,) = out.glob("checkpoint-*")
+    return folder
+
+
 BROKEN = {
-    "cut": lambda data: data[: len(data) // 2],
-    "empty": lambda data: b"",
-    "text": lambda data: b"not a checkpoint",
+    "cut": ("run.pt", lambda data: data[: len(data) // 2]),
+    "empty": ("run.pt", lambda data: b""),
+    "text": ("run.pt", lambda data: b"not a checkpoint"),
+    "no sizes": (".metadata", lambda data: b""),
+    "cut tensors": ("__0_0.distcp", lambda data: data[: len(data) // 2]),
 }
 
 
-@pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN)
-def test_broken_checkpoint_is_named_and_left(damage, tmp_path):
-    run(tmp_path, recipe=dataclasses.replace(TINY, align=Stage(steps=1), logits=Stage(steps=0)))
-    file = tmp_path / "checkpoint.pt"
+@pytest.mark.parametrize(("name", "damage"), BROKEN.values(), ids=BROKEN)
+def test_broken_checkpoint_is_named_and_left(name, damage, tmp_path):
+    run(tmp_path, recipe=SHORT)
+    file = checkpoint_in(tmp_path) / name
     data = damage(file.read_bytes())
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=r"checkpoint: expected .*checkpoint\.pt"):
-        run(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint: expected .*checkpoint-.* move it away"):
+        run(tmp_path, recipe=SHORT)
     assert file.read_bytes() == data
 
 
 def test_foreign_tensors_are_no_checkpoint(tmp_path):
-    torch.save({"progress": {}, "weights": torch.ones(2)}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match=r"checkpoint: expected .*checkpoint\.pt"):
+    folder = tmp_path / "checkpoint-0-0000001"
+    folder.mkdir()
+    torch.save({"progress": {}, "weights": torch.ones(2)}, folder / "run.pt")
+    with pytest.raises(ValueError, match=r"checkpoint: expected .*checkpoint-0-0000001"):
         run(tmp_path)
 
 
 def test_checkpoint_of_another_run(tmp_path):
     run(tmp_path)
-    with pytest.raises(ValueError, match=r"recipe: expected that of .*checkpoint\.pt"):
+    with pytest.raises(ValueError, match=r"recipe: expected that of .*checkpoint-"):
         run(tmp_path, recipe=dataclasses.replace(TINY, seed=1))
-    with pytest.raises(ValueError, match=r"data: expected the tokens that .*checkpoint\.pt"):
+    with pytest.raises(ValueError, match=r"data: expected the tokens that .*checkpoint-"):
         flacompile.distill(student(), stream(900), TINY, out=tmp_path)
     other = flacompile.convert(llama(num_hidden_layers=3)().model, "gla", init="neutral")
     with pytest.raises(ValueError, match="expected the tensors of this model"):
@@ -339,7 +351,7 @@ def test_diverging_run_stops(tmp_path):
         next(iter(swapped(model).values())).mixer.o_proj.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="align: expected a finite loss, got nan at step 0"):
         flacompile.distill(model, stream(), TINY, out=tmp_path)
-    assert not (tmp_path / "checkpoint.pt").exists()
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_teacher_pass_and_student_pass_share_nothing():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shutil
 import subprocess
 import sys
 import time
@@ -115,8 +116,8 @@ def main() -> None:
     samples["converted, not trained"] = sample(model, tokenizer, prompt, tokens)
     note("compiled", compile_times(model, calibration))
 
-    for stale in ("checkpoint.pt", "log.jsonl"):  # of an earlier demo
-        (options.out / stale).unlink(missing_ok=True)
+    for stale in options.out.glob("checkpoint-*"):  # of an earlier demo
+        shutil.rmtree(stale)
     metrics: Metrics = flacompile.distill(model, text, recipe, tokenizer=tokenizer, out=options.out)
     note("distilled", f"share closed {metrics.share_closed:.3f}")
     samples["student"] = sample(model, tokenizer, prompt, tokens)

@@ -18,7 +18,7 @@ from flacompile.data import (
     own_samples,
     read,
 )
-from flacompile.distill import checkpoint, report
+from flacompile.distill import checkpoint, processes, report
 from flacompile.distill.checkpoint import Run
 from flacompile.distill.checks import check_lengths, check_packs, check_teacher
 from flacompile.distill.log import summary_writer
@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 
+@processes.joined()
 def distill(
     model: nn.Module,
     data: Source,
@@ -62,10 +63,14 @@ def distill(
     distribution, forward KL. Long: the same on longer rows, if the recipe has steps for it. The
     teacher is the attention that ``convert`` kept aside.
 
-    ``out`` receives recipe.yaml, log.jsonl, checkpoint.pt, eval.json, and the page distill.md with
+    ``out`` receives recipe.yaml, log.jsonl, a checkpoint, eval.json, and the page distill.md with
     losses.png and eval.png. A run that was stopped goes on from its checkpoint when called again
     with a freshly converted model, the same data, recipe and folder, and ends with the same
     weights.
+
+    In a process that ``torchrun`` started, or after ``init_process_group``, all processes train
+    together: weights and optimizer are split (FSDP2), rows are dealt out. Leave the model on the
+    CPU; its parts go to each process's accelerator. A run may go on with another number of them.
 
     Args:
         model: what ``flacompile.convert`` returned; a transformers causal language model.
@@ -90,39 +95,48 @@ def distill(
     if tensorboard:
         summary_writer()
     teacher, vocabulary = frozen_teacher(model), _vocabulary(model)
-    corpus = _corpus(data, tokenizer, recipe, teacher, out)
+    if processes.size() > 1 and recipe.tied == "keep":
+        raise ValueError("tied: expected 'untie' in several processes, got 'keep'")
+    with processes.first_alone():
+        corpus = _corpus(data, tokenizer, recipe, teacher, out)
     training, heldout = corpus.split(recipe.heldout, _longest(recipe), recipe.sequence_length)
     rows = heldout.rows(recipe.eval_tokens, recipe.sequence_length)
     check_ids(rows, vocabulary)
-    device = next(model.parameters()).device
-    rows, precision = rows.to(device), autocast(recipe, device)
     model.eval()  # dropout would blur the teacher, and a resumed run would need its state
     if recipe.data.documents:
-        check_packs(model, teacher, rows[0])
+        check_packs(model, teacher, rows[0].to(next(model.parameters()).device))
+    teacher = processes.split(teacher)
+    device = next(teacher.parameters()).device
+    rows, precision = rows.to(device), autocast(recipe, device)
 
     run = Run(out, corpus.fingerprint())
-    with fp32_weights(model), untied(model, recipe):
-        optimizer_state = checkpoint.restore(run, recipe, model)
-        if optimizer_state is None:
-            run.log.unlink(missing_ok=True)
-            write_recipe(recipe, out / "recipe.yaml")
+    with fp32_weights(model), untied(model, recipe), processes.shared(model) as student:
+        if not checkpoint.restore(run, recipe, student):
+            if processes.rank() == 0:
+                run.log.unlink(missing_ok=True)
+                write_recipe(recipe, out / "recipe.yaml")
             with precision:
-                run.notes |= _bounds(model, teacher, rows)
+                run.notes |= _bounds(student, teacher, rows)
         while run.stage != "done":
             if recipe.stages[run.stage].steps:
-                _train(run, recipe, model, teacher, training, optimizer_state, tensorboard)
-                optimizer_state = None
+                _train(run, recipe, student, teacher, training, tensorboard)
             else:
                 run.next_stage()
-    with precision:
-        student = score(model, teacher, rows)
-        suite = report.suite(recipe)
-        evaluation = evaluate(model, heldout, suite, teacher=teacher, tokenizer=tokenizer)
+    with precision, processes.shared(model) as student:  # rounded, and tied again
+        reached = score(student, teacher, rows)
     bounds = {name: Score(**run.notes[name]) for name in ROUTES}
-    metrics = Metrics(**bounds, student=student)
+    metrics = Metrics(**bounds, student=reached)
     facts = {"steps": run.steps, "training tokens": len(training)}
     facts |= {name: note for name, note in run.notes.items() if name not in ROUTES}
-    report.write(run.out, metrics, evaluation, recipe, facts)
+    if processes.rank() == 0:
+        if processes.size() > 1:  # the page needs the two whole
+            model = copy.deepcopy(model).to(device)
+            teacher = frozen_teacher(model)
+        with precision:
+            suite = report.suite(recipe)
+            evaluation = evaluate(model, heldout, suite, teacher=teacher, tokenizer=tokenizer)
+        report.write(run.out, metrics, evaluation, recipe, facts)
+    processes.wait()
     return metrics
 
 
@@ -169,15 +183,14 @@ def _train(
     model: nn.Module,
     teacher: nn.Module,
     training: Corpus,
-    optimizer_state: dict[str, Any] | None,
     tensorboard: bool,
 ) -> None:
     """The rest of the stage in progress; afterwards the next one is."""
     name, stage = run.stage, recipe.stages[run.stage]
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, stage)
-    if optimizer_state is not None and run.step:
-        optimizer.load_state_dict(optimizer_state)
+    if run.step:
+        checkpoint.restore_optimizer(run, model, optimizer)
     reader = Reader(
         training,
         stage.sequence_length or recipe.sequence_length,
@@ -187,6 +200,8 @@ def _train(
         documents=recipe.data.documents,
         separator=recipe.data.separator,
         vocabulary=_vocabulary(model),
+        rank=processes.rank(),
+        world_size=processes.size(),
     )
     with for_stage(name, model, recipe, device):
         objective = make_objective(name, stage, model, teacher, autocast(recipe, device))

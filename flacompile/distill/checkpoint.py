@@ -1,20 +1,32 @@
-"""Where a distillation stands, and the file that brings a new process there."""
+"""Where a distillation stands, and the folder that brings new processes there, however many."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
+from flacompile.distill import processes
 from flacompile.distill.log import read_json_lines, write_json_lines
 from flacompile.distill.recipe import STAGES, Recipe
-from flacompile.files import write_atomically
 from flacompile.passes.swap_attention import student_state
 
-PARTS = {"progress", "tokens", "recipe", "model", "optimizer"}
+T = TypeVar("T")
+RUN = "run.pt"  # beside the tensors, in the folder of a checkpoint
+PARTS = {"progress", "tokens", "recipe"}
 PROGRESS = ("stage", "step", "steps", "notes", "trend")
 
 
@@ -45,8 +57,15 @@ class Run:
         return self.out / "log.jsonl"
 
     @property
-    def file(self) -> Path:
-        return self.out / "checkpoint.pt"
+    def folder(self) -> Path:
+        """The checkpoint of this stage and step."""
+        stage = (*STAGES, "done").index(self.stage)
+        return self.out / f"checkpoint-{stage}-{self.step:07}"
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Those that are there, the last one last: most often one."""
+        return sorted(self.out.glob("checkpoint-?-???????"))
 
     def next_stage(self) -> None:
         """The stage in progress is over."""
@@ -55,62 +74,98 @@ class Run:
 
 
 def save(run: Run, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Writes ``run.file``: whole, or as it was."""
-    state = {
-        "progress": {name: getattr(run, name) for name in PROGRESS},
-        "tokens": run.tokens,
-        "recipe": asdict(recipe),
+    """Writes ``run.folder``, whole, and then removes those before it."""
+    partial, before = run.out / ".checkpoint.partial", run.checkpoints
+    if processes.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    processes.wait()
+    tensors = {
         "model": student_state(model),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
     }
-    write_atomically(run.file, lambda temporary: torch.save(state, temporary))
+    with _alone_or_not() as alone:
+        dcp.save(tensors, checkpoint_id=partial, no_dist=alone)
+    if processes.rank() == 0:
+        progress = {name: getattr(run, name) for name in PROGRESS}
+        state = {"progress": progress, "tokens": run.tokens, "recipe": asdict(recipe)}
+        torch.save(state, partial / RUN)
+        os.replace(partial, run.folder)
+        for folder in before:
+            shutil.rmtree(folder)
+    processes.wait()
 
 
-def restore(run: Run, recipe: Recipe, model: nn.Module) -> dict[str, Any] | None:
-    """Brings run and model to the checkpoint in ``run.out``; returns the optimizer's state.
+def restore(run: Run, recipe: Recipe, model: nn.Module) -> bool:
+    """Brings run and model to the last checkpoint in ``run.out``, if there is one.
 
     Raises:
         ValueError: the checkpoint is broken, of another recipe, other data or another model.
     """
-    if not run.file.exists():
-        return None
-    state = _load(run.file)
+    if not run.checkpoints:
+        return False
+    folder = run.checkpoints[-1]
+    state = _readable(folder, lambda: torch.load(folder / RUN, weights_only=True))
+    if not isinstance(state, dict) or not state.keys() >= PARTS:
+        raise ValueError(_message(folder))
     if state["recipe"] != asdict(recipe):
         raise ValueError(
-            f"recipe: expected that of {run.file}, {state['recipe']}, got {asdict(recipe)}"
+            f"recipe: expected that of {folder}, {state['recipe']}, got {asdict(recipe)}"
         )
     if state["tokens"] != run.tokens:
-        raise ValueError(f"data: expected the tokens that {run.file} was trained on, got others")
+        raise ValueError(f"data: expected the tokens that {folder} was trained on, got others")
+    found = _readable(folder, lambda: dcp.FileSystemReader(folder).read_metadata())
+    sizes = {k: tuple(getattr(v, "size", ())) for k, v in found.state_dict_metadata.items()}
+    got = {k[6:]: size for k, size in sizes.items() if k.startswith("model.")}
     want = {k: tuple(v.shape) for k, v in student_state(model).items()}
-    got = {k: tuple(v.shape) for k, v in state["model"].items()}
     if want != got:
         other = sorted(k for k in want.keys() | got.keys() if want.get(k) != got.get(k))
         raise ValueError(
-            f"checkpoint: expected the tensors of this model, got another's in {run.file}; "
+            f"checkpoint: expected the tensors of this model, got another's in {folder}; "
             f"the first that differs is {other[0]}"
         )
-    model.load_state_dict(state["model"], strict=False)
+    _load({"model": student_state(model)}, folder)
     for name in PROGRESS:
         setattr(run, name, state["progress"][name])
-    _forget_steps_after(run)
-    return state["optimizer"]
+    if processes.rank() == 0:
+        _forget_steps_after(run)
+    return True
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """Reads what ``save`` wrote; a file that is not that is left as it is."""
+def restore_optimizer(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Brings the optimizer to the checkpoint that ``restore`` brought the model to."""
+    folder, state = run.checkpoints[-1], get_optimizer_state_dict(model, optimizer)
+    _load({"optimizer": state}, folder)
+    set_optimizer_state_dict(model, optimizer, state)
+
+
+def _load(state: dict[str, Any], folder: Path) -> None:
+    """Into the tensors of a state, whatever their parts are."""
+    with _alone_or_not() as alone:
+        _readable(folder, lambda: dcp.load(state, checkpoint_id=folder, no_dist=alone))
+
+
+@contextmanager
+def _alone_or_not() -> Iterator[bool]:
+    """Whether this is the only process, of which torch warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield processes.size() == 1
+
+
+def _readable(folder: Path, read: Callable[[], T]) -> T:
+    """What ``read`` gives; a folder that cannot be read is left as it is."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch reports a broken file by half a dozen types
-        raise ValueError(
-            f"checkpoint: expected a file written by flacompile.distill, got {path}, which does "
-            f"not load ({type(error).__name__}: {str(error)[:200]}); move it away to start anew"
-        ) from error
-    if not isinstance(state, dict) or not state.keys() >= PARTS:
-        raise ValueError(
-            f"checkpoint: expected a file written by flacompile.distill, got {path}; move it away "
-            "to start anew"
-        )
-    return state
+        return read()
+    except (Exception, dcp.CheckpointException) as error:  # broken files: half a dozen types
+        why = f"({type(error).__name__}: {str(error)[:200]})"
+        raise ValueError(f"{_message(folder)} {why}") from error
+
+
+def _message(folder: Path) -> str:
+    return (
+        f"checkpoint: expected a folder written by flacompile.distill, got {folder}, which does "
+        "not load; move it away to start anew"
+    )
 
 
 def _forget_steps_after(run: Run) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from flacompile.distill.processes import rank
 from flacompile.files import write_atomically
 
 RECENT = 20  # steps that the speed is of
 
 
 class Log:
-    """Tells of the steps of one stage as they are done.
+    """Tells of the steps of one stage as they are done, in the first of several processes.
 
     Args:
         path: the JSON lines, one a step, added to.
@@ -34,9 +35,10 @@ class Log:
         from tqdm.auto import tqdm
 
         self.path, self.stage, self.tokens = path, stage, tokens
-        self.bar = tqdm(total=total, initial=step, desc=stage, unit="step")
+        self.speaks = rank() == 0
+        self.bar = tqdm(total=total, initial=step, desc=stage, unit="step", disable=not self.speaks)
         self.events: Any = None
-        if events is not None:  # those after ``step``, of a run that was killed, are void
+        if events and self.speaks:  # those after ``step``, of a run that was killed, are void
             self.events = summary_writer()(events / stage, purge_step=step + 1)
         self.times = deque([time.perf_counter()], maxlen=RECENT + 1)
         self.began = self.times[0]
@@ -62,6 +64,8 @@ class Log:
             "seconds": round(self.elapsed, 3),
             "eta_s": round((total - step) * self.seconds_per_step, 1),
         }
+        if not self.speaks:
+            return
         append_json(self.path, {"stage": self.stage, "step": step} | record)
         self.bar.total = total
         self.bar.set_postfix(

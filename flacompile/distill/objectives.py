@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flacompile.data.reader import Batch
+from flacompile.distill.processes import whole
 from flacompile.passes.capture import record_calls, without_cache
 from flacompile.passes.swap_attention import routed, swapped
 
@@ -47,7 +48,7 @@ def hidden(model: nn.Module, ids: Tensor, position_ids: Tensor | None = None) ->
         raise ValueError("model: expected a linear head, got final_logit_softcapping in the config")
     base: Any = model.base_model
     states = base(ids, use_cache=False, **_positions(position_ids)).last_hidden_state
-    return Hidden(states, head.weight, head.bias)
+    return Hidden(states, whole(head.weight), whole(head.bias))
 
 
 def _positions(position_ids: Tensor | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flacompile.data.reader import Reader
-from flacompile.distill import checkpoint
+from flacompile.distill import checkpoint, processes
 from flacompile.distill.checkpoint import Run
 from flacompile.distill.log import Log
 from flacompile.distill.optimizer import parameters, rate, set_rates
@@ -59,11 +59,12 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             run.step += 1
             run.trend = trend.add(loss)
-            figures = {"loss": loss, "lr": optimizer.param_groups[0]["lr"], "norm": norm.item()}
+            norm = processes.whole(norm).item()
+            figures = {"loss": loss, "lr": optimizer.param_groups[0]["lr"], "norm": norm}
             log.step(run.step, run.steps[run.stage], figures, device)
             if stage.minutes and run.step - first >= PROBE:
                 left = stage.minutes * 60 - log.elapsed
-                fits = run.step + max(0, int(left / log.seconds_per_step))
+                fits = run.step + processes.of_the_first(max(0, int(left / log.seconds_per_step)))
                 if run.step == PROBE or fits < SLOWER * run.steps[run.stage]:
                     run.steps[run.stage] = min(run.steps[run.stage], fits)
             if reason := trend.ends(stage):
@@ -75,7 +76,8 @@ def fit(
 
 
 def gradients(objective: Objective, reader: Reader, step: int, device: torch.device) -> float:
-    """Adds up the gradients of a step's batches; returns their mean loss."""
+    """Adds up the gradients of a step's batches; returns the mean loss of all processes."""
     batches = reader.batches(step)
-    losses = [objective(batch.to(device), 1 / len(batches)) for batch in batches]
-    return torch.stack(losses).mean().item()
+    share = 1 / (len(batches) * processes.size())
+    losses = [objective(batch.to(device), share) for batch in batches]
+    return processes.mean(torch.stack(losses).mean()).item()
