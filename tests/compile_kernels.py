@@ -39,7 +39,7 @@ class Variant(NamedTuple):
 
 
 def linear_attn_variants():
-    """Everything at the most common shape; at the others each kind of decay once a dtype."""
+    """Everything at the most common shape; at the others the simplest and the most decays."""
     for decay, dtype, reverse in product(DECAYS, DTYPES, (False, True)):
         yield from linear_attn_variant(decay, dtype, *SHAPES[0], reverse)
     for (K, V), decay, dtype in product(SHAPES[1:], ("g", "gk gv"), DTYPES):
