@@ -119,7 +119,7 @@ class RWKV6Attention(RWKVAttention):
         start = torch.zeros_like(last) if first is None else first
         if cu_seqlens is None:
             before = self.read(r[:, :1], start[:, None])
-            return torch.cat((before.to(o.dtype), o[:, :-1]), 1), (last,)
+            return torch.cat((before.to(o.dtype), o), 1)[:, : r.shape[1]], (last,)
         time = torch.arange(r.shape[1], device=r.device)
         sequence = torch.searchsorted(cu_seqlens, time, right=True) - 1
         is_first = cu_seqlens[sequence] == time
