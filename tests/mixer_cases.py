@@ -28,6 +28,8 @@ QKV = {  # of every mixer with the projections of attention
     "qk_norm_wide": {"qk_norm": QKNorm(1e-6, False), "num_kv_heads": 2},
 }
 
+RANKS = {"decay_low_rank_dim": 5, "a_low_rank_dim": 3, "gate_low_rank_dim": 7}  # of rwkv7
+
 
 def beside(linear: str, window: int, **fields: object) -> dict:
     """A hybrid of this mixer and a softmax of as many heads over a window."""
@@ -89,10 +91,12 @@ VARIANTS = {
         "sigmoid_gate": {"gate_fn": "sigmoid"},
         "bare": {"use_output_gate": False, "output_norm": False, "rotary": HALVES},
         "norm_alone": {"use_output_gate": False, "elementwise_affine": False, "expand_v": 0.5},
+        "default_ranks": {"proj_low_rank_dim": 32, "gate_low_rank_dim": 64},
     },
     "rwkv7": {
         "bare": {"use_output_gate": False, "output_norm": False, "rotary": HALVES},
         "values": {"value_dim": 24, "num_kv_heads": 2, "elementwise_affine": False},
+        "default_ranks": dict.fromkeys(RANKS),
     },
     "hgrn": {
         "conv": {"use_short_conv": True, "expand_ratio": 2, "lower_bound": 0.3},
@@ -185,7 +189,7 @@ VARIANTS = {
 
 SIZES = {  # where the default ones are large, or do not fit the width
     "rwkv6": {"num_heads": 4, "proj_low_rank_dim": 5, "gate_low_rank_dim": 7},
-    "rwkv7": {"num_heads": 4, "decay_low_rank_dim": 5, "a_low_rank_dim": 3, "gate_low_rank_dim": 7},
+    "rwkv7": {"num_heads": 4} | RANKS,
     "based": {"num_heads": 4, "feature_dim": 12},
     "gated_deltanet": {"num_heads": 4, "head_dim": 12, "expand_v": 1.5},
     "gated_deltaproduct": {"num_heads": 4, "head_dim": 12, "expand_v": 1.5},

@@ -118,7 +118,16 @@ class Mixer(nn.Module):
             y [B, T, D] and the state after the last token of each sequence.
         """
         self.validate(x, state, mask, cu_seqlens)
+        if x.shape[1] == 0:
+            return self.without_tokens(x, state, cu_seqlens)
         return in_order(self.sequence, x, state, mask, cu_seqlens)
+
+    def without_tokens(
+        self, x: Tensor, state: Any, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """``forward`` for T = 0: y [B, 0, D], and the state as it was."""
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return x, self.init_state(sequences, device=x.device) if state is None else state
 
     @abstractmethod
     def sequence(self, x: Tensor, state: Any, tokens: Tokens) -> tuple[Tensor, Any]:
@@ -210,6 +219,7 @@ class Mixer(nn.Module):
             expect(cu_seqlens.ndim == 1, "cu_seqlens", "shape [N + 1]", tuple(cu_seqlens.shape))
             integer = cu_seqlens.dtype in (torch.int32, torch.int64)
             expect(integer, "cu_seqlens", "int32 or int64", cu_seqlens.dtype)
+            expect(cu_seqlens.shape[0] > 1, "cu_seqlens", "at least one sequence", "none")
             expect(x.shape[0] == 1, "x", "a batch of 1 with cu_seqlens", x.shape[0])
             num_sequences = cu_seqlens.shape[0] - 1
         if state is not None:

@@ -126,6 +126,8 @@ class RWKV7Attention(RWKVAttention):
     ) -> tuple[Tensor, RecurrentState]:
         """As the base class; v_first [B, T, H V] is ``values`` of layer 0, for those after it."""
         self.validate(x, state, mask, cu_seqlens)
+        if x.shape[1] == 0:
+            return self.without_tokens(x, state, cu_seqlens)
         x = self._beside(x, v_first)
         return in_order(self.sequence, x, state, mask, cu_seqlens)
 
