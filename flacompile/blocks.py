@@ -238,6 +238,12 @@ def feature_map(name: str, dim: int) -> tuple[nn.Module, int]:
     raise ValueError(f"feature_map: expected one of {names}, got {name!r}")
 
 
+def tokens_at(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, S, C] at the tokens index [B, T] of each row: [B, T, C]."""
+    # not take_along_dim, which is compiled for one T alone
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
 def last_inputs(x: Tensor, past: Tensor, tokens: Tokens) -> Tensor:
     """The inputs that the next call of a convolution needs.
 
@@ -255,9 +261,9 @@ def last_inputs(x: Tensor, past: Tensor, tokens: Tokens) -> Tensor:
         if tokens.lengths is None:
             return padded[:, time:]
         index = tokens.lengths[:, None] + torch.arange(reach, device=x.device)
-        return padded.take_along_dim(index[..., None], 1)
+        return tokens_at(padded, index)
     index = tokens.cu_seqlens.diff()[:, None] + torch.arange(-reach, 0, device=x.device)
-    old = past.take_along_dim((index + reach).clamp(max=reach - 1)[..., None], 1)
+    old = tokens_at(past, (index + reach).clamp(max=reach - 1))
     new = x[0, (tokens.cu_seqlens[:-1, None] + index).clamp(0, time - 1)]
     return torch.where(index[..., None] < 0, old, new)
 

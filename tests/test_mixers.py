@@ -29,6 +29,7 @@ EXTREMES = [(torch.float32, 0.0), (torch.float32, 1e3), (torch.float16, 0.0), (t
 over_cases = pytest.mark.parametrize(("name", "fields"), CASES)
 over_mixers = pytest.mark.parametrize("name", MIXERS)
 ONE_OF_EACH_OP = ("attn", "gated_deltanet", "gla", "hgrn", "hybrid", "mamba", "rwkv7")  # slow
+ONE_OF_EACH_PLACE = ("attn", "hybrid", "lightnet", "rwkv6")  # where masks and packs are read
 ROUNDED = ("bitattn",)  # where an ulp may be a step of 1/127
 
 
@@ -199,6 +200,25 @@ def test_compiled_is_eager(name):
             inputs = (x, *mixer.parameters())
             a, b = (torch.autograd.grad(y[0].square().sum(), inputs) for y in (got, want))
         assert close(a, b)
+
+
+CALLS = {  # x, mask and bounds of T tokens
+    "mask": lambda x: (x, {"mask": torch.arange(x.shape[1]) >= torch.tensor([[0], [3]])}),
+    "pack": lambda x: (x[:1], {"cu_seqlens": torch.arange(0, x.shape[1] + 1, 9)}),
+}
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_PLACE)
+@pytest.mark.parametrize("call", CALLS)
+def test_masks_and_packs_compile(name, call):
+    """One graph for any T, and for any number of sequences."""
+    torch._dynamo.reset()
+    mixer = build(name, first(name))
+    compiled = torch.compile(mixer, fullgraph=True, dynamic=True, backend="eager")
+    for time in (45, 72):
+        x, options = CALLS[call](draw(2, time))
+        with torch._dynamo.config.patch(error_on_recompile=time > 45):
+            assert close(compiled(x, **options), mixer(x, **options))
 
 
 @over_mixers

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flacompile.blocks import tokens_at
 from flacompile.ops import context, linear_attn, linear_attn_step
 from flacompile.ops.validate import check_shape, expect
 
@@ -342,16 +343,16 @@ def in_order(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Any]:
-    """``sequence`` on rows x [B, T, ...] whose padding was moved to the end; y is moved back."""
+    """``sequence`` on rows x [B, T, C] whose padding was moved to the end; y is moved back."""
     seen = None if state is None else state.position
     if mask is None:
         return sequence(x, state, Tokens.of(x, seen, None, cu_seqlens))
     mask = mask.bool()
     lengths = mask.sum(1)
     target = torch.where(mask, mask.cumsum(1), lengths[:, None] + (~mask).cumsum(1)) - 1
-    x = x.take_along_dim(target.argsort(1)[..., None], 1)
+    x = tokens_at(x, target.argsort(1))
     y, state = sequence(x, state, Tokens.of(x, seen, lengths, None))
-    y = y.take_along_dim(target[..., None], 1)
+    y = tokens_at(y, target)
     return torch.where(mask[..., None], y, 0.0), state
 
 
