@@ -21,7 +21,8 @@ from flacompile.evaluate.page import markdown
 from flacompile.export import STAGES
 from flacompile.keep import METHODS, Keep
 from flacompile.layers import MIXERS
-from flacompile.runner import Clock, Package, Sampling, generate, pieces, sampling_options
+from flacompile.runner import Clock, Package, Sampling, generate, sampling_options
+from flacompile.text import pieces
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,9 @@ PROCESSORS = ("DEFAULT", "AVX2", "AVX512")  # each runs what those before it run
 class Package:
     """``prefill`` and ``decode`` of a ``.pt2`` package that ``flacompile.export`` wrote.
 
-    Its metadata is checked before its code is loaded, and every input before its code sees it.
-
-    Args:
-        path: the package.
-
-    Raises:
-        ValueError: no such package, or one made for another device, processor or torch.
+    Its metadata is checked before its code is loaded, and every input before its code sees it. No
+    such package, or one for another device, processor or torch, is a ValueError. One thread at a
+    time may use it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -51,7 +47,8 @@ class Package:
         self.device = torch.device(self.facts["device"])
         self._dtypes = [getattr(torch, name) for name in self.facts["state_dtypes"]]
         try:
-            loaded = load_pt2(str(path)).aoti_runners  # load_package would load both twice
+            # load_package would load both twice; what guards threads does not go into a CUDA graph
+            loaded = load_pt2(str(path), run_single_threaded=True).aoti_runners
         except RuntimeError as error:
             raise ValueError(f"package: expected one that loads, got {path}: {error}") from error
         self._prefill, self._decode = (loaded[name].loader.run for name in ("prefill", "decode"))
@@ -83,46 +80,39 @@ class Package:
         expect(fits, "ids", "shape [B, T], both at least 1", shape)
         self._check_ids("ids", ids)
         states = self.begin(shape[0]) if states is None else states
-        self._check_states(states, *shape)
+        self.check_states(states, *shape)
         outputs = [ids, *states]
         for piece in ids.split(PIECE, 1):
             outputs = whole(self._prefill([piece.contiguous(), *outputs[1:]]))
         return tuple(outputs)
 
     def decode(self, token: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """One more token of each sequence: as ``prefill``, faster.
-
-        Args:
-            token: [B, 1] int64.
-            states: what an earlier call gave, used up by this one.
-
-        Returns:
-            Logits [B, vocabulary], then the next states.
-
-        Raises:
-            ValueError: as ``prefill``.
-        """
+        """One more token of each sequence, [B, 1] int64: as ``prefill``, faster."""
         shape = list(token.shape)
         fits = len(shape) == 2 and shape[0] > 0 and shape[1] == 1
         expect(fits, "token", "shape [B, 1], B at least 1", shape)
         self._check_ids("token", token)
-        self._check_states(states, *shape)
-        return tuple(whole(self._decode([token, *states])))
+        self.check_states(states, *shape)
+        return tuple(self.decode_unchecked(token, states))
+
+    def decode_unchecked(self, token: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
+        """As ``decode``, for what was checked: wrong input gives wrong numbers."""
+        return whole(self._decode([token, *states]))
 
     def _check_ids(self, name: str, ids: Tensor) -> None:
-        self._check_layout(name, ids, torch.int64)
+        self.check_layout(name, ids, torch.int64)
         low, high = torch.stack(ids.aminmax()).tolist()
         last = self.facts["vocabulary"] - 1
         expect(low >= 0 and high <= last, name, f"0 to {last}", low if low < 0 else high)
 
-    def _check_states(self, states: Sequence[Tensor], batch: int, time: int) -> None:
+    def check_states(self, states: Sequence[Tensor], batch: int, time: int) -> None:
+        """Raises ValueError unless they are of this batch and have room for as many tokens."""
         shapes = self.facts["state_shapes"]
         expect(len(states) == len(shapes), "states", f"{len(shapes)} tensors", len(states))
         for i, (state, shape) in enumerate(zip(states, shapes, strict=True)):
-            want = [batch, *shape[1:]]
-            got = list(state.shape)
+            want, got = [batch, *shape[1:]], list(state.shape)
             expect(got == want, f"states[{i}]", f"shape {want}", got)
-            self._check_layout(f"states[{i}]", state, self._dtypes[i])
+            self.check_layout(f"states[{i}]", state, self._dtypes[i])
         context = self.facts["context"]
         if context is not None:
             i = self.facts["position"]
@@ -131,10 +121,64 @@ class Package:
             fits = high + time <= context
             expect(fits, "ids", f"at most {context} tokens in all", f"{high} and {time} more")
 
-    def _check_layout(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
+    def check_layout(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
+        """Raises ValueError for another dtype, device or order of elements."""
         expect(x.dtype == dtype, name, type_name(dtype), type_name(x.dtype))
         expect(x.device.type == self.device.type, name, f"device {self.device.type}", x.device.type)
         expect(x.is_contiguous(), name, "a contiguous tensor", f"strides {list(x.stride())}")
+
+
+class DecodeGraph:
+    """``decode`` on CUDA again and again, over states that it holds: one launch a token.
+
+    Nothing waits for values to be looked at. So a token that is not in the vocabulary gives logits
+    that are no numbers, which ``choose`` refuses. States that an earlier call gave are used up.
+    """
+
+    def __init__(self, package: Package, states: Sequence[Tensor]) -> None:
+        batch = len(states[0]) if states else 0
+        package.check_states(states, batch, 1)
+        self._package, self._states = package, list(states)
+        self._token = torch.zeros(batch, 1, dtype=torch.int64, device=package.device)
+        position, context = states[package.facts["position"]], package.facts["context"]
+        self._left = None if context is None else context - int(position.max())
+
+    @torch.inference_mode()
+    def capture(self) -> DecodeGraph:
+        """Itself, ready to be called."""
+        side, self._graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # loads kernels; what is written will be written again
+            self._package.decode_unchecked(self._token, self._states)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self._graph):
+            self._logits = self.step()
+        return self
+
+    @torch.inference_mode()
+    def __call__(self, token: Tensor) -> Tensor:
+        """Token [B, 1] int64 -> logits [B, vocabulary], which the next call overwrites."""
+        shape, got = list(self._token.shape), list(token.shape)
+        expect(got == shape, "token", f"shape {shape}", got)
+        self._package.check_layout("token", token, torch.int64)
+        if self._left is not None:
+            expect(self._left > 0, "token", "a sequence with room for it", "a full one")
+            self._left -= 1
+        self._token.copy_(token)
+        self._graph.replay()
+        return self._logits
+
+    def step(self) -> Tensor:
+        """One token, and every tensor where it was: what the graph holds."""
+        wrong = (self._token < 0) | (self._token >= self._package.facts["vocabulary"])
+        token = self._token.masked_fill(wrong, 0)
+        logits, *after = self._package.decode_unchecked(token, self._states)
+        pairs = zip(self._states, after, strict=True)
+        moved = [(old, new) for old, new in pairs if old.data_ptr() != new.data_ptr()]
+        for dtype in {old.dtype for old, _ in moved}:  # one kernel each
+            old, new = zip(*(pair for pair in moved if pair[0].dtype == dtype), strict=True)
+            torch._foreach_copy_(old, new)
+        return logits.masked_fill(wrong, float("nan"))
 
 
 def whole(outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -178,6 +222,10 @@ def check_machine(facts: dict[str, Any]) -> None:
     device = facts["device"]
     known = device == "cpu" or (device == "cuda" and torch.cuda.is_available())
     expect(known, "package", "one for a device of this machine", device)
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        has, needs = f"{major}{minor}", facts["AOTI_COMPUTE_CAPABILITY"]
+        expect(has == needs, "package", f"one for compute capability {has}", needs)
     needs = facts["AOTI_CPU_ISA"].split(" ")[0]
     if device == "cpu" and needs in PROCESSORS:
         has = torch.backends.cpu.get_cpu_capability()
@@ -200,8 +248,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        warm = 0 <= self.temperature < float("inf")
-        expect(warm, "temperature", "0 or more", self.temperature)
+        expect(0 <= self.temperature < float("inf"), "temperature", "0 or more", self.temperature)
         expect(0 < self.top_p <= 1, "top_p", "above 0, up to 1", self.top_p)
         expect(0 <= self.seed < 2**63, "seed", "0 or more", self.seed)
 
@@ -286,33 +333,17 @@ def generate(
     sampler, stop = Sampler(sampling), frozenset(stop)
     prompt = torch.tensor([list(ids)], dtype=torch.int64, device=package.device)
     logits, *states = package.prefill(prompt)
+    graph = None
     for i in range(tokens):
         token = choose(logits, [sampler])
         yield (new := int(token))
-        if new in stop:
+        if new in stop or i + 1 == tokens:
             return
-        if i + 1 < tokens:
+        if package.device.type == "cuda":
+            graph = graph or DecodeGraph(package, states).capture()
+            logits = graph(token)
+        else:
             logits, *states = package.decode(token, states)
-
-
-def pieces(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
-    """Yields the text of ids piece by piece, as soon as a character is whole.
-
-    Args:
-        decode: a tokenizer's, ids to text.
-        ids: as they come, such as from ``generate``.
-    """
-    held: list[int] = []
-    shown = done = 0  # held[:shown] is context for the decoder, and begins what held[:done] shows
-    for token in ids:
-        held.append(token)
-        before, text = decode(held[shown:done]), decode(held[shown:])
-        if len(text) > len(before) and not text.endswith("�"):
-            yield text[len(before) :]
-            shown, done = done, len(held)
-    rest = decode(held[shown:])[len(decode(held[shown:done])) :]
-    if rest:
-        yield rest
 
 
 class Clock:
@@ -338,12 +369,8 @@ class Clock:
 def sampling_options(options: argparse.ArgumentParser) -> None:
     """Adds those that every program over a package has."""
     options.add_argument("--tokens", type=int, default=64, help="new tokens; default: %(default)s")
-    options.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the most likely token; the default"
-    )
-    options.add_argument(
-        "--top-p", type=float, default=1.0, help="probability of what is kept; default: all"
-    )
+    options.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest")
+    options.add_argument("--top-p", type=float, default=1.0, help="probability kept; default: all")
     options.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
 
 

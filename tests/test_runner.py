@@ -12,8 +12,9 @@ from tokenizer_files import sentencepiece
 
 from flacompile import runner
 from flacompile.cli import main
-from flacompile.runner import Package, Sampler, Sampling, choose, generate, pieces
+from flacompile.runner import DecodeGraph, Package, Sampler, Sampling, choose, generate
 from flacompile.slots import Slots
+from flacompile.text import pieces
 
 ROOT = Path(__file__).parents[1]
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -106,6 +107,36 @@ def test_greedy_tokens_are_those_of_the_model(exported, loaded):
         torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
     assert PROMPT + list(generate(loaded, PROMPT, tokens=12)) == output[0].tolist()
+
+
+@torch.inference_mode()
+def test_a_graph_holds_what_decode_does(loaded):
+    """What it launches, that is; the launch needs CUDA."""
+    ids = torch.tensor([PROMPT, PROMPT[::-1]])
+    logits, *states = loaded.prefill(ids)
+    graph = DecodeGraph(loaded, [x.clone() for x in states])
+    for _ in range(3):
+        token = logits.argmax(-1, keepdim=True)
+        logits, *states = loaded.decode(token, states)
+        graph._token.copy_(token)
+        assert torch.equal(graph.step(), logits)
+    graph._token[1] = loaded.facts["vocabulary"]
+    got = graph.step()
+    assert got[0].isfinite().all() and got[1].isnan().all()
+    states[loaded.facts["position"]].fill_(1200)
+    with pytest.raises(
+        ValueError, match="ids: expected at most 1200 tokens in all, got 1200 and 1"
+    ):
+        DecodeGraph(loaded, states)
+
+
+def test_a_package_of_another_gpu_is_refused(loaded, monkeypatch):
+    facts = loaded.facts | {"device": "cuda", "AOTI_COMPUTE_CAPABILITY": "80"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(ValueError, match="package: expected one for compute capability 90, got 80"):
+        runner.check_machine(facts)
+    runner.check_machine(facts | {"AOTI_COMPUTE_CAPABILITY": "90"})
 
 
 def test_a_full_sequence_is_refused(loaded):
