@@ -44,7 +44,7 @@ def cpp(tmp_path_factory):
     assert cmake, "the tests of runner/ need cmake, which the extra test brings"
     build = tmp_path_factory.mktemp("runner")
     flags = ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O0", "-DCMAKE_UNITY_BUILD=ON"]
-    flags += [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
+    flags += [f"-DCMAKE_PREFIX_PATH={torch.__path__[0]}"]
     for command in (
         [cmake, "-S", str(Path(__file__).parents[1] / "runner"), "-B", str(build), *flags],
         [cmake, "--build", str(build)],
