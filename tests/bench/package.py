@@ -15,10 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
+from smollm2 import converted
 from torch._inductor.package import load_package, package_aoti
 
-import flacompile
 from flacompile.export.programs import Step, all_mixers, trace
 
 
@@ -44,13 +43,7 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=40)
     options = options.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=options.layers,
-        num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).to(getattr(torch, options.dtype)).eval()
-    flacompile.finalize(flacompile.convert(model, options.mixer, init="neutral"))
+    model = converted(options.mixer, options.layers, options.dtype)
     weights = torch.cat([p.flatten() for p in model.parameters()])
     words = weights.view(torch.float32).nan_to_num()
     with all_mixers(model), tempfile.TemporaryDirectory() as folder:
