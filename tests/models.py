@@ -111,6 +111,13 @@ def falcon(**options: Any) -> Callable[[], Case]:
     return _hf(config, model, **(shape | {"alibi": False} | options))
 
 
+def deepseek(name: str) -> Callable[[], Case]:
+    """Builder of a model with latent attention."""
+    dims = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16}
+    return llama(name, num_key_value_heads=HEADS, first_k_dense_replace=LAYERS, **dims, **ranks)
+
+
 def _inline_root() -> Case:
     torch.manual_seed(0)
     return Case(_sharpen(InlineBlock()), (torch.randn(2, TIME, DIM),), {})
@@ -239,6 +246,7 @@ MODELS: dict[str, Callable[[], Case]] = {
     "handwritten_time_first": _plain(lambda: Encoder(batch_first=False)),
 }
 
+LATENT = "queries and keys are projections of different tensors made inside the module (low-rank"
 REJECTED: dict[str, tuple[Callable[[], Case], str]] = {
     "bert": (_encoder(transformers.BertConfig, transformers.BertModel), "bidirectional"),
     "vit": (
@@ -262,19 +270,8 @@ REJECTED: dict[str, tuple[Callable[[], Case], str]] = {
         ),
         "attention is written out as a softmax, and its product adds a bias to the scores",
     ),
-    "deepseek": (
-        llama(
-            "DeepseekV3",
-            num_key_value_heads=HEADS,
-            q_lora_rank=16,
-            kv_lora_rank=16,
-            qk_nope_head_dim=8,
-            qk_rope_head_dim=4,
-            v_head_dim=8,
-            first_k_dense_replace=LAYERS,
-        ),
-        "queries and keys are projections of different tensors made inside the module (low-rank",
-    ),
+    "deepseek_v2": (deepseek("DeepseekV2"), LATENT),
+    "deepseek_v3": (deepseek("DeepseekV3"), LATENT),
     "bidirectional": (_own(lambda: PackedAttention(is_causal=False)), "bidirectional"),
     "inline_root": (_inline_root, "attention is inline in InlineBlock (the model itself)"),
     "cross": (_cross, "cross-attention: keys come from another input than queries"),
