@@ -5,9 +5,18 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+# by name, as importing them takes long
+WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+
 
 def check_model(model: nn.Module) -> None:
     """Raises ValueError for weights that are not plain numbers and for a rotary that changes."""
+    for path, module in model.named_modules():
+        if type(module).__name__ in WRAPPERS:
+            raise ValueError(
+                f"model: expected one that is not wrapped, got {type(module).__name__} at "
+                f"{path or 'its root'}; convert before wrapping"
+            )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             f"model: expected one that is not quantised, got {model.config.quantization_config}; "  # type: ignore[union-attr]

@@ -144,10 +144,11 @@ def test_compiled_model_is_the_swapped_one(monkeypatch, name, mixer, dynamic):
 
 @pytest.mark.slow
 def test_inductor_takes_the_rest(monkeypatch):
+    """By the name that the installed package gives it."""
     torch.manual_seed(0)
     model, x = PackedAttention(), torch.randn(2, 20, DIM)
     options = {"mixer": "linear_attn", "feature_map": "elu", "max_autotune": False}
-    compiled = torch.compile(model, backend=flacompile, options=options, fullgraph=True)
+    compiled = torch.compile(model, backend="flacompile", options=options, fullgraph=True)
     got = compiled(x)
     gradients = torch.autograd.grad(got.square().mean(), list(model.parameters()))
     softmax = model(x)

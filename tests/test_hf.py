@@ -114,11 +114,12 @@ def state_size(cache) -> int:
 
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
 def test_state_does_not_grow(converted, mixer):
+    """And gives the text that the whole, run again for every token, gives."""
     model = converted("llama", mixer)
-    sizes = [
-        state_size(generate(model, prompt(), count, return_dict_in_generate=True).past_key_values)
-        for count in (10, 50)
-    ]
+    options = {"return_dict_in_generate": True}
+    outs = [generate(model, prompt(), count, **options) for count in (10, 50)]
+    assert outs[0].sequences.equal(argmax_loop(model, prompt(), 10))
+    sizes = [state_size(out.past_key_values) for out in outs]
     keeps = {layer.mixer.keeps_size for layer in swapped(model).values()}
     assert {sizes[0] == sizes[1]} == keeps
 

@@ -91,9 +91,9 @@ torch.save((ours, theirs), sys.argv[3])
 
 @pytest.mark.parametrize("order", [FIRST_FLACOMPILE, FIRST_TRANSFORMERS])
 def test_loads_in_another_process(order, tmp_path):
-    """Whichever is imported first; and not at all without flacompile."""
+    """Whichever is imported first, from several files; and not at all without flacompile."""
     model = convert("llama", "hgrn2", keep=(0,))
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
     torch.save(IDS, tmp_path / "ids.pt")
     files = [str(tmp_path / name) for name in (".", "ids.pt", "logits.pt")]
     code = "import sys" + order + READ
@@ -332,6 +332,7 @@ UNFIT = {
     "meta": (on_meta, "weights in memory, got model.embed_tokens.weight on the meta device"),
     "quantised": (quantised, "plain floating-point weights, got .*convert before quantising"),
     "sharded": (sharded, "plain floating-point weights, got DTensor in .*or sharding"),
+    "wrapped": (nn.DataParallel, "not wrapped, got DataParallel at its root; convert before"),
 }
 
 
