@@ -179,9 +179,7 @@ def _backward_cuda(
 ) -> Gradients:  # fmt: skip
     from flacompile.ops.kernels import conv as kernels
 
-    dx, dweight, dbias, dstate = kernels.conv_backward(x, weight, state, cu_seqlens, dy, dfinal)
-    dbias = dy.new_empty(0) if bias is None else dbias.to(bias.dtype)
-    return dx, dweight.to(weight.dtype), dbias, dstate
+    return kernels.conv_backward(x, weight, bias, state, cu_seqlens, dy, dfinal)
 
 
 def _forward_fake(

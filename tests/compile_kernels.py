@@ -66,15 +66,16 @@ def linear_attn_variant(decay, dtype, K, V, reverse):
 
 def conv_variants():
     """Each kernel at few and many taps, the latter packed."""
-    tensors = ("x", "weight", "bias", "state", "y", "final", "dy", "dfinal", "dx", "dstate")
+    names = ("x", "weight", "bias", "state", "y", "final", "dy", "dfinal", "dx", "dstate")
     for dtype, (W, packed) in product(DTYPES, ((4, False), (8, True))):
-        types = dict.fromkeys(tensors, f"*{dtype}") | {"sums": "*fp32"}
-        types |= dict.fromkeys(("T", "NUM_TOKENS", "C"), "i32")
-        types |= dict.fromkeys(("segment", "cu_seqlens"), "*i64") if packed else {}
-        constants = {"W": W, "PAST": W, **conv.TILE}
-        for kernel in ("forward", "backward", "final", "state_gradient"):
+        constants = dict.fromkeys(("forward", "backward"), conv.tiles(W))
+        constants["sums"] = {"W": W, **conv.SUMS}
+        types = dict.fromkeys((*names, "dweight", "dbias"), f"*{dtype}") | {"sums": "*fp32"}
+        types |= dict.fromkeys(("T", "N", "C", "RUNS"), "i32")
+        types |= {"cu_seqlens": "*i64"} if packed else {}
+        for kernel in constants:
             name = f"conv {kernel}, {dtype}, {W} taps"
-            yield Variant(name, getattr(conv, f"_{kernel}_kernel"), types, constants)
+            yield Variant(name, getattr(conv, f"_{kernel}_kernel"), types, constants[kernel])
 
 
 def scan_variants():

@@ -7,7 +7,7 @@ import torch
 from op_cases import error, leaves
 
 from flacompile.ops import spec
-from flacompile.ops.kernels.conv import conv_backward, conv_forward
+from flacompile.ops.kernels.conv import RUN, conv_backward, conv_forward
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -38,7 +38,7 @@ def truth(x, weight, bias, state, dy, dfinal, bounds=None):
 
 def kernels(x, weight, bias, state, dy, dfinal, cu_seqlens=None):
     y, final = conv_forward(x, weight, bias, state, cu_seqlens)
-    return [y, final, *conv_backward(x, weight, state, cu_seqlens, dy, dfinal)]
+    return [y, final, *conv_backward(x, weight, bias, state, cu_seqlens, dy, dfinal)]
 
 
 def check(args, bounds=None, index=torch.int64):
@@ -61,6 +61,13 @@ def test_packed(device, taps, index):
     check(draw(device, taps, 6, 1, BOUNDS[-1], len(BOUNDS) - 1), BOUNDS, index)
 
 
+@pytest.mark.parametrize("bounds", [None, [0, RUN - 2, RUN + 1, RUN + 1, 2 * RUN + 6]])
+def test_more_than_one_run(device, bounds):
+    """Taps and sequences across its end, and a second row that starts a run."""
+    rows, sequences = (2, 2) if bounds is None else (1, len(bounds) - 1)
+    check(draw(device, 4, 6, rows, 2 * RUN + 6 if bounds else RUN + 6, sequences), bounds)
+
+
 @pytest.mark.parametrize("channels", [1, 64, 100, 130])
 def test_channels(device, channels):
     check(draw(device, 4, channels, 2, 40, 2))
@@ -71,7 +78,7 @@ def test_fp16(device, packed):
     rows, sequences = (1, len(BOUNDS) - 1) if packed else (3, 3)
     args = draw(device, 4, 70, rows, BOUNDS[-1], sequences, torch.float16)
     got = check(args, BOUNDS if packed else None)
-    assert [x.dtype for x in got] == [torch.float16] * 3 + [torch.float32] * 2 + [torch.float16]
+    assert [x.dtype for x in got] == [torch.float16] * 6
 
 
 def test_memory_may_be_strided(device):

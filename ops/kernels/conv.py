@@ -1,15 +1,15 @@
-"""Triton kernels of `conv`, forward and backward.
+"""Triton kernels of `conv`, forward and backward: every token is read from memory once.
 
 y_t = bias + sum_i weight_i x_{t-W+1+i}
 dx_t = sum_i weight_i dy_{t+W-1-i} + dfinal_{t+W-1-T}        dweight_i = sum_t dy_t x_{t-W+1+i}
 
-Grid: one program a block of ROWS tokens, taken over all sequences, and COLUMNS channels. Its taps
-overlap, so that all but the first read of a token are from cache: the work is moving memory. The
-ends of a sequence, its new state and the gradient of its old one, have programs of their own: one a
-sequence and COLUMNS channels. Tokens before the first one of a sequence are those of its state.
+Grid: programs of COLUMNS channels and either the ends of one sequence, its new state or the
+gradient of its old one, or a run of RUN tokens in one row of the batch, ROWS at a time. The taps of
+those, [TAPS, ROWS, COLUMNS], overlap, so that all but the first read of a token are from cache.
+A tap before the first token of a sequence points into its state.
 
-dweight and dbias leave the kernel as one sum a program, added up by PyTorch: no atomics, so that
-two runs give the same bits.
+A program adds its share of dweight and dbias up in registers and ``_sums_kernel`` those of all
+programs, in one order: no atomics, so that two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -20,138 +20,156 @@ import triton.language as tl
 from torch import Tensor
 
 from flacompile.ops.kernels.launch import launch
+from flacompile.ops.kernels.rows import _bounds, _sequence_of, _store, _tile
 
 COLUMNS = 64
-TILE = {"ROWS": 64, "COLUMNS": COLUMNS, "num_warps": 8}  # with more a thread, registers spill
+RUN = 512  # enough tokens to make the sum over runs cheap, few enough to fill a GPU
+# Of a block a thread has eight channels of one token, 16 bytes of bf16, and all their taps.
+TILE = {"ROWS": 16, "COLUMNS": COLUMNS, "RUN": RUN, "num_warps": 4}
+SUMS = {"ROWS": 32, "COLUMNS": COLUMNS, "num_warps": 4}
 
 
 @triton.jit
-def _bounds(n, cu_seqlens, T):
-    """First token of each sequence n, and the one after its last, in all rows of the batch."""
+def _run(N, T, RUN: tl.constexpr):
+    """Number, row of the batch, first token and the one after the last of this program's tokens."""
+    run = tl.program_id(0) - N
+    in_a_row = tl.cdiv(T, RUN)
+    first = run % in_a_row * RUN
+    row = (run // in_a_row).to(tl.int64)
+    return run.to(tl.int64), row, first, tl.minimum(first + RUN, T)
+
+
+@triton.jit
+def _sequences(first, t, row, cu_seqlens, T, N):
+    """Sequences of tokens first + t and their bounds, counted from ``first``.
+
+    Of a pack there is one sequence a token; of a batch one for all.
+    """
     if cu_seqlens is None:
-        return n * T, n * T + T
+        return row, -first, T - first
     else:
-        return tl.load(cu_seqlens + n).to(tl.int64), tl.load(cu_seqlens + n + 1).to(tl.int64)
+        n = _sequence_of(first + t, cu_seqlens, N)
+        start = tl.load(cu_seqlens + n).to(tl.int32) - first
+        return n, start, tl.load(cu_seqlens + n + 1).to(tl.int32) - first
 
 
 @triton.jit
-def _tokens(block, segment, cu_seqlens, T, NUM_TOKENS, ROWS: tl.constexpr):
-    """The tokens of a block, which of them exist, their sequences and the bounds of those."""
-    t = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = t < NUM_TOKENS
-    if segment is None:
-        n = tl.where(inside, t, 0) // T
-    else:
-        n = tl.load(segment + t, mask=inside, other=0).to(tl.int64)
-    start, end = _bounds(n, cu_seqlens, T)
-    return t, inside, n, start, end
+def _input(x, state, at, mask, n, start, c, C, W: tl.constexpr):
+    """Inputs at tokens ``at``, those before the start of a sequence from its state."""
+    past = state + (n * (W - 1) + (at - start + W - 1)) * C
+    rows = tl.expand_dims(tl.where(at >= start, x + at * C, past), -1)
+    return tl.load(rows + c, mask=tl.expand_dims(mask, -1) & (c < C), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _tile(pointer, row, mask, c, C):
-    """Rows of a [*, C] tensor in fp32, zero where masked; bf16 arithmetic starts nowhere."""
-    mask = mask[:, None] & (c < C)[None, :]
-    return tl.load(pointer + row[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+def _taps(x, state, i, t, inside, n, start, c, C, W: tl.constexpr):
+    """The inputs that go into y_t, [TAPS, ROWS, COLUMNS]."""
+    at = t[None, :] + i[:, None] - (W - 1)
+    return _input(x, state, at, (i < W)[:, None] & inside[None, :], n, start, c, C, W)
 
 
 @triton.jit
-def _input(x, state, t, inside, n, start, c, C, W: tl.constexpr):
-    """x_t, or for t before the start of its sequence what the state has in its place."""
-    own = t >= start
-    y = _tile(x, t, inside & own, c, C)
-    if W > 1:
-        y += _tile(state, n * (W - 1) + (t - start + W - 1), inside & (t < start), c, C)
-    return y
+def _input_gradient(dy, dfinal, w, i, t, inside, n, start, end, c, C, W: tl.constexpr):
+    """The gradient of ``_input`` at tokens t >= start - (W - 1)."""
+    at = t[None, :] + W - 1 - i[:, None]
+    mask = (i < W)[:, None] & inside[None, :] & (at >= start) & (at < end)
+    late = t + W - 1 - end
+    kept = _tile(dfinal, n * (W - 1) + late, inside & (late >= 0) & (late < W - 1), c, C)
+    return kept + tl.sum(w[:, None, :] * _tile(dy, at, mask, c, C), 0)
 
 
 @triton.jit
-def _input_gradient(dy, dfinal, weight, t, inside, n, start, end, c, C, W: tl.constexpr):
-    """The gradient of ``_input`` at t >= start - (W - 1)."""
-    dx = _tile(dfinal, n * (W - 1) + (t + W - 1 - end), inside & (t + W - 1 >= end), c, C)
-    for i in range(W):
-        later = t + W - 1 - i
-        w = tl.load(weight + c * W + i, mask=c < C, other=0.0).to(tl.float32)
-        dx += w[None, :] * _tile(dy, later, inside & (later >= start) & (later < end), c, C)
-    return dx
-
-
-@triton.jit
-def _store(pointer, row, mask, c, C, value):
-    mask = mask[:, None] & (c < C)[None, :]
-    value = value.to(pointer.dtype.element_ty)
-    tl.store(pointer + row[:, None] * C + c[None, :], value, mask=mask)
+def _weights(weight, i, c, C, W: tl.constexpr):
+    """[TAPS, COLUMNS] in fp32."""
+    mask = (i < W)[:, None] & (c < C)[None, :]
+    return tl.load(weight + c[None, :] * W + i[:, None], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _forward_kernel(
-    x, weight, bias, state, segment, cu_seqlens, y, T, NUM_TOKENS, C,
-    W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, weight, bias, state, cu_seqlens, y, final, T, N, C,
+    W: tl.constexpr, TAPS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """y at one block of tokens and channels."""
-    t, inside, n, start, _ = _tokens(tl.program_id(0), segment, cu_seqlens, T, NUM_TOKENS, ROWS)
+    """y at a run of tokens, or the last W - 1 inputs of a sequence."""
+    i, t = tl.arange(0, TAPS), tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if bias is not None:
-        total += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    for i in range(W):
-        w = tl.load(weight + c * W + i, mask=c < C, other=0.0).to(tl.float32)
-        total += w[None, :] * _input(x, state, t - (W - 1) + i, inside, n, start, c, C, W)
-    _store(y, t, inside, c, C, total)
+    if tl.program_id(0) < N:
+        n = tl.program_id(0).to(tl.int64)
+        start, end = _bounds(n, cu_seqlens, T)
+        past, length = i < W - 1, (end - start).to(tl.int32)
+        last = _input(x + end * C, state, i - (W - 1), past, n, -length, c, C, W)
+        _store(final + n * (W - 1) * C, i, past, c, C, last)
+    else:
+        _run_number, row, begin, stop = _run(N, T, RUN)
+        w = _weights(weight, i, c, C, W)
+        level = tl.zeros([COLUMNS], tl.float32)
+        if bias is not None:
+            level += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+        for first in range(begin, stop, ROWS):
+            here, inside = (row * T + first) * C, t < T - first
+            n, start, end = _sequences(first, t, row, cu_seqlens, T, N)
+            X = _taps(x + here, state, i, t, inside, n, start, c, C, W)
+            _store(y + here, t, inside, c, C, level + tl.sum(w[:, None, :] * X, 0))
 
 
 @triton.jit
 def _backward_kernel(
-    x, weight, state, segment, cu_seqlens, dy, dfinal, dx, sums, T, NUM_TOKENS, C,
-    W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, weight, state, cu_seqlens, dy, dfinal, dx, dstate, sums, T, N, C,
+    W: tl.constexpr, TAPS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """dx, and the block's share of dweight (row i of sums) and dbias (row W)."""
-    block = tl.program_id(0)
-    t, inside, n, start, end = _tokens(block, segment, cu_seqlens, T, NUM_TOKENS, ROWS)
+    """dx at a run of tokens with its share of dweight (W rows of sums) and dbias (the row after),
+    or the gradient of the W - 1 inputs before a sequence."""
+    i, t = tl.arange(0, TAPS), tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    gradient = _input_gradient(dy, dfinal, weight, t, inside, n, start, end, c, C, W)
-    _store(dx, t, inside, c, C, gradient)
-
-    sums += block.to(tl.int64) * (W + 1) * C
-    dy_t = _tile(dy, t, inside, c, C)
-    for i in range(W):
-        tap = _input(x, state, t - (W - 1) + i, inside, n, start, c, C, W)
-        tl.store(sums + i * C + c, tl.sum(dy_t * tap, 0), mask=c < C)
-    tl.store(sums + W * C + c, tl.sum(dy_t, 0), mask=c < C)
+    w = _weights(weight, i, c, C, W)
+    if tl.program_id(0) < N:
+        n = tl.program_id(0).to(tl.int64)
+        start, end = _bounds(n, cu_seqlens, T)
+        past, length = i < W - 1, (end - start).to(tl.int32)
+        gradient = _input_gradient(
+            dy + start * C, dfinal, w, i, i - (W - 1), past, n, 0, length, c, C, W
+        )
+        _store(dstate + n * (W - 1) * C, i, past, c, C, gradient)
+    else:
+        run, row, begin, stop = _run(N, T, RUN)
+        dw = tl.zeros([TAPS, ROWS, COLUMNS], tl.float32)
+        db = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for first in range(begin, stop, ROWS):
+            here, inside = (row * T + first) * C, t < T - first
+            n, start, end = _sequences(first, t, row, cu_seqlens, T, N)
+            dx_t = _input_gradient(dy + here, dfinal, w, i, t, inside, n, start, end, c, C, W)
+            _store(dx + here, t, inside, c, C, dx_t)
+            dy_t = _tile(dy + here, t, inside, c, C)
+            dw += dy_t[None, :, :] * _taps(x + here, state, i, t, inside, n, start, c, C, W)
+            db += dy_t
+        sums += run * (W + 1) * C
+        _store(sums, i, i < W, c, C, tl.sum(dw, 1))
+        tl.store(sums + W * C + c, tl.sum(db, 0), mask=c < C)
 
 
 @triton.jit
-def _final_kernel(
-    x, state, cu_seqlens, final, T, C,
-    W: tl.constexpr, PAST: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """The last W - 1 inputs of one sequence; PAST is a power of two >= W - 1."""
-    n, j = tl.program_id(0).to(tl.int64), tl.arange(0, PAST)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    start, end = _bounds(n, cu_seqlens, T)
-    last = _input(x, state, end - (W - 1) + j, j < W - 1, n, start, c, C, W)
-    _store(final, n * (W - 1) + j, j < W - 1, c, C, last)
+def _sums_kernel(
+    sums, dweight, dbias, RUNS, C, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """One column of dweight, or dbias: what all runs add to it."""
+    i = tl.program_id(1)
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, RUNS, ROWS):
+        run = first + tl.arange(0, ROWS).to(tl.int64)
+        total += _tile(sums + i * C, run * (W + 1), run < RUNS, c, C)
+    total = tl.sum(total, 0)
+    if i < W:
+        tl.store(dweight + c * W + i, total.to(dweight.dtype.element_ty), mask=c < C)
+    elif dbias is not None:
+        tl.store(dbias + c, total.to(dbias.dtype.element_ty), mask=c < C)
 
 
-@triton.jit
-def _state_gradient_kernel(
-    weight, cu_seqlens, dy, dfinal, dstate, T, C,
-    W: tl.constexpr, PAST: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the W - 1 inputs before one sequence."""
-    n, j = tl.program_id(0).to(tl.int64), tl.arange(0, PAST)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    start, end = _bounds(n, cu_seqlens, T)
-    before = start - (W - 1) + j
-    gradient = _input_gradient(dy, dfinal, weight, before, j < W - 1, n, start, end, c, C, W)
-    _store(dstate, n * (W - 1) + j, j < W - 1, c, C, gradient)
-
-
-def _segments(cu_seqlens: Tensor | None, time: int) -> Tensor | None:
-    """The sequence of each token of a pack."""
-    if cu_seqlens is None:
-        return None
-    tokens = torch.arange(time, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens, tokens, right=True) - 1
+def tiles(W: int) -> dict[str, int]:
+    """Block sizes and warps of a filter of W taps."""
+    return {"W": W, "TAPS": triton.next_power_of_2(W), **TILE}
 
 
 def conv_forward(
@@ -168,37 +186,34 @@ def conv_forward(
     """
     (B, T, C), W, N = x.shape, weight.shape[1], state.shape[0]
     x, weight, state = x.contiguous(), weight.contiguous(), state.contiguous()
+    bias = None if bias is None else bias.contiguous()
     y, final = torch.empty_like(x), torch.empty_like(state)
-    segment, columns = _segments(cu_seqlens, T), triton.cdiv(C, COLUMNS)
     launch(
-        _forward_kernel, (triton.cdiv(B * T, TILE["ROWS"]), columns),
-        x, weight, bias, state, segment, cu_seqlens, y, T, B * T, C,
-        W=W, **TILE,
-    )  # fmt: skip
-    launch(
-        _final_kernel, (N, columns), x, state, cu_seqlens, final, T, C,
-        W=W, PAST=triton.next_power_of_2(W), COLUMNS=COLUMNS,
+        _forward_kernel, (N + B * triton.cdiv(T, RUN), triton.cdiv(C, COLUMNS)),
+        x, weight, bias, state, cu_seqlens, y, final, T, N, C, **tiles(W),
     )  # fmt: skip
     return y, final
 
 
 def conv_backward(
-    x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None, dy: Tensor, dfinal: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight and dbias in fp32, and dstate, of arguments as in ``conv_forward``."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, cu_seqlens: Tensor | None,
+    dy: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dweight, dbias (empty without a bias) and dstate, of arguments as in ``conv_forward``."""
     (B, T, C), W, N = x.shape, weight.shape[1], state.shape[0]
     x, weight, state = x.contiguous(), weight.contiguous(), state.contiguous()
     dy, dfinal = dy.contiguous(), dfinal.contiguous()
-    blocks, columns = triton.cdiv(B * T, TILE["ROWS"]), triton.cdiv(C, COLUMNS)
     dx, dstate = torch.empty_like(x), torch.empty_like(state)
-    sums = torch.empty(blocks, W + 1, C, dtype=torch.float32, device=x.device)
+    dweight = torch.empty_like(weight)
+    dbias = dy.new_empty(0) if bias is None else bias.new_empty(C)
+    runs, columns = B * triton.cdiv(T, RUN), triton.cdiv(C, COLUMNS)
+    sums = torch.empty(runs, W + 1, C, dtype=torch.float32, device=x.device)
     launch(
-        _backward_kernel, (blocks, columns),
-        x, weight, state, _segments(cu_seqlens, T), cu_seqlens, dy, dfinal, dx, sums, T, B * T, C,
-        W=W, **TILE,
+        _backward_kernel, (N + runs, columns),
+        x, weight, state, cu_seqlens, dy, dfinal, dx, dstate, sums, T, N, C, **tiles(W),
     )  # fmt: skip
     launch(
-        _state_gradient_kernel, (N, columns), weight, cu_seqlens, dy, dfinal, dstate, T, C,
-        W=W, PAST=triton.next_power_of_2(W), COLUMNS=COLUMNS,
+        _sums_kernel, (columns, W if bias is None else W + 1),
+        sums, dweight, None if bias is None else dbias, runs, C, W=W, **SUMS,
     )  # fmt: skip
-    return dx, sums[:, :W].sum(0).T.contiguous(), sums[:, W].sum(0), dstate
+    return dx, dweight, dbias, dstate

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flacompile.ops.kernels.conv import _bounds, _store, _tile
 from flacompile.ops.kernels.launch import launch
+from flacompile.ops.kernels.rows import _bounds, _store, _tile
 
 TILE = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4}
 
