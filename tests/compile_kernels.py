@@ -15,6 +15,7 @@ import tempfile
 from itertools import chain, product
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -24,6 +25,7 @@ from flacompile.ops.selective_scan import SPAN
 
 DECAYS = ("none", "g", "gk", "gv", "g gk", "g gv", "gk gv")
 DTYPES = {"bf16": "bf16", "fp16": "tf32", "fp32": "ieee"}  # and what their dots are
+TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = ((128, 128), (64, 64), (256, 256), (16, 24))  # K, V
 ARCHITECTURES = (80, 90)
 
@@ -79,14 +81,19 @@ def conv_variants():
 
 
 def scan_variants():
-    """Both kernels, with and without packed sequences."""
+    """Both kernels: packed or not, and both passes over segments."""
+    sizes, saved = ("T", "D", "SEGMENT", "SEGMENTS"), ("x", "h", "dh", "dx")
     for dtype, packed in product(DTYPES, (False, True)):
-        types = dict.fromkeys(("x", "h", "dh", "dx"), f"*{dtype}") | {"T": "i32", "D": "i32"}
+        types = dict.fromkeys(saved, f"*{dtype}") | dict.fromkeys(sizes, "i32")
         types |= dict.fromkeys(("g", "state", "final", "dfinal", "dg", "dstate"), "*fp32")
-        types |= {"cu_seqlens": "*i64"} if packed else {}
+        ends = dict.fromkeys(("decays", "ends"), "*fp32")
+        first = {n: t for n, t in (types | ends).items() if n not in ("h", "dx", "dg")}
+        packs = {"cu_seqlens": "*i64"} if packed else {}
         for kernel in ("forward", "backward"):
-            name = f"scan {kernel}{', packed' if packed else ''}, {dtype}"
-            yield Variant(name, getattr(scan, f"_{kernel}_kernel"), types, scan.TILE)
+            for form, given in (("whole", types), ("first pass", first), ("cut", types | ends)):
+                name = f"scan {kernel}, {form}{', packed' if packed else ''}, {dtype}"
+                tile = scan.tiles(2048, TORCH[dtype], getattr(scan, kernel.upper()))
+                yield Variant(name, getattr(scan, f"_{kernel}_kernel"), given | packs, tile)
 
 
 def selective_scan_variants():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from op_cases import OPS, Draw, error, gradients, leaves, loop, rounded, tokens
 
+from flacompile.ops.kernels import linear_attn as linear_attn_kernels
 from flacompile.ops.kernels import scan as scan_kernels
 from flacompile.ops.kernels import selective_scan as selective_kernels
 from flacompile.ops.selective_scan import SPAN, _new_starts
@@ -70,6 +71,19 @@ def test_packed_is_separate(name, variant, index, device):
     args = draw(name, variant, BOUNDS[-1], device, batch=1, sequences=len(BOUNDS) - 1)
     got = run(name, args, torch.tensor(BOUNDS, dtype=index, device=device))
     check(name, args, got, BOUNDS)
+
+
+@pytest.mark.parametrize("bounds", [None, BOUNDS])
+def test_segments(bounds, device, monkeypatch):
+    """Of 24 tokens; those of a pack end inside one, and some have none."""
+    args = draw("scan", "plain", 70, device, batch=1, sequences=bounds and len(bounds) - 1)
+    for tile in ("FORWARD", "BACKWARD"):
+        sizes = {**getattr(scan_kernels, tile), "ROWS": 8, "STRIPS": 2}
+        monkeypatch.setattr(scan_kernels, tile, sizes)
+    monkeypatch.setattr(linear_attn_kernels, "SHORTEST", 20)
+    tile = scan_kernels.tiles(4, torch.float32, sizes)
+    assert scan_kernels._cut(4, 70, 4, tile, device)[1] == (24, 3)
+    check("scan", args, run("scan", args, bounds and torch.tensor(bounds, device=device)), bounds)
 
 
 @over_ops

@@ -1,4 +1,4 @@
-"""What the kernels of [*, C] tensors are made of: rows in memory, sequences, a cut of long ones.
+"""What the kernels of [*, C] tensors are made of: rows in memory, and the sequences they are of.
 
 A kernel moves its pointers to the first of the tokens it works on, in 64 bits, and counts from
 there, in 32.
@@ -6,9 +6,6 @@ there, in 32.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
@@ -49,13 +46,3 @@ def _store(pointer, row, mask, c, C, value):
     mask = tl.expand_dims(mask, -1) & (c < C)
     value = value.to(pointer.dtype.element_ty)
     tl.store(pointer + tl.expand_dims(row, -1) * C + c, value, mask=mask)
-
-
-def num_segments(programs: Any, time: Any, most: int, shortest: int) -> Any:
-    """Into how many segments a sequence is cut, where ``programs`` walk one each without.
-
-    Args:
-        most: programs that fill the largest GPUs.
-        shortest: tokens of a segment; in a shorter one reading them twice does not pay.
-    """
-    return torch.sym_max(1, torch.sym_min(most // torch.sym_max(programs, 1), time // shortest))
