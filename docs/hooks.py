@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 
@@ -29,17 +30,21 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def table() -> str:
-    """One row a mixer: equation, paper, state after LENGTH tokens, and what a token costs."""
+    """One row a mixer: equation, paper, state after LENGTH tokens, what a token costs, lines."""
     rows = [
-        "| name | class | equation | paper | state of a layer | training | decoding |",
-        "|---|---|---|---|---|---|---|",
+        "| name | class | equation | paper | state of a layer | of `attn`'s | training | decoding "
+        "| lines |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    keys_and_values = costs(MIXERS["attn"])[0]
     for name, cls in sorted(MIXERS.items()):
-        doc = sys.modules[cls.__module__].__doc__ or ""
+        module = sys.modules[cls.__module__]
+        doc, lines = module.__doc__ or "", len(inspect.getsource(module).splitlines())
         state, flops, traffic = costs(cls)
         rows.append(
             f"| `{name}` | `{cls.__name__}` | `{equation(doc)}` | {paper(doc)} "
-            f"| {size(state)} | {flops / 1e6:,.0f} MFLOP | {size(traffic)} |"
+            f"| {size(state)} | {100 * state / keys_and_values:.3g} % "
+            f"| {flops / 1e6:,.0f} MFLOP | {size(traffic)} | {lines} |"
         )
     return "\n".join(rows)
 

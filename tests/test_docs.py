@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from flacompile.layers import MIXERS
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -50,6 +53,28 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     for name in chain(page):
         for block in blocks(name):
             exec(compile(block, str(ROOT / name), "exec"), module.__dict__)
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    """What makes the table of mixers when the documentation is built."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixers_state_equation_and_paper(name, hooks):
+    doc = sys.modules[MIXERS[name].__module__].__doc__
+    assert " = " in hooks.equation(doc) and "arxiv.org" in hooks.paper(doc)
+
+
+def test_states_of_the_table(hooks):
+    """An fp32 matrix a head and a counter; keys and values of every token in bf16."""
+    assert hooks.costs(MIXERS["gla"])[0] == 4 * 4 * 256 * 512 + 8
+    tokens, width = hooks.LENGTH, hooks.WIDTH
+    assert hooks.costs(MIXERS["attn"])[0] == tokens * (2 * 2 * width + 1) + 8
 
 
 def messages() -> list[str]:

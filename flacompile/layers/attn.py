@@ -1,8 +1,9 @@
-"""Softmax attention with rotary embedding, by PyTorch's ``scaled_dot_product_attention``.
+"""Softmax attention (Vaswani et al. 2017, arXiv 1706.03762) with rotary embedding.
 
     o_t = Σ_s softmax_s(scale q_t·k_s) v_s        over s <= t, and s > t - window
 
-The quadratic baseline, and what a conversion leaves in the layers it keeps.
+By PyTorch's ``scaled_dot_product_attention``. The quadratic baseline, and what a conversion leaves
+in the layers it keeps.
 """
 
 from __future__ import annotations

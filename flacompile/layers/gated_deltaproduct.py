@@ -1,7 +1,7 @@
 """Gated DeltaProduct (Siems et al. 2025, arXiv 2502.10297).
 
-    R_0 = e^g_t S_{t-1}      R_j = R_{j-1} + β_j k_j (v_j - k_j R_{j-1})^T      j = 1..n
-    S_t = R_n                o_t = scale q_t S_t
+    R_j = R_{j-1} + β_j k_j (v_j - k_j R_{j-1})^T      R_0 = e^g_t S_{t-1}, j = 1..n
+    S_t = R_n                                          o_t = scale q_t S_t
 
 n steps of the delta rule a token: a sequence n times as long, whose state decays at the first step
 of each token and is read at the last. All else is Gated DeltaNet.

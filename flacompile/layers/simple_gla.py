@@ -1,4 +1,4 @@
-"""Gated linear attention with one decay a head.
+"""Gated linear attention (Yang et al. 2023, arXiv 2312.06635) with one decay a head.
 
 S_t = e^g_t S_{t-1} + k_t v_t^T        g_t = log σ(w x_t + b) / normalizer, a number a head
 o_t = scale q_t S_t                    y_t = W_o [RMSNorm(o_t) ⊙ swish(W_g x_t)]
