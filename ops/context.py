@@ -85,6 +85,16 @@ def incoming(state: Tensor, left: Tensor, decay: Tensor | None, apply: Apply = t
     )
 
 
+def with_identity(k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """v and the state with K more columns, without values, that start as the identity.
+
+    What an op makes of those columns is what it makes of any state before its tokens, D.
+    """
+    size = k.shape[3]
+    unit = torch.eye(size, dtype=state.dtype, device=state.device).expand(*state.shape[:3], size)
+    return torch.cat((v, torch.zeros_like(k)), -1), torch.cat((state, unit), -1)
+
+
 def fold(first: Tensor, step: Callable[..., Tensor], *summary: Tensor) -> Tensor:
     """``first``, then step(it, *summary) with the summary of one rank before this after another."""
     assert _mesh is not None

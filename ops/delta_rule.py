@@ -2,15 +2,24 @@
 
     S_t = (1 - beta_t k_t k_t^T) diag(e^g_t) S_{t-1} + beta_t k_t v_t^T        o_t = scale q_t S_t
 
-The primitive behind DeltaNet (Yang et al. 2024), Gated DeltaNet, DeltaProduct and KDA. It is the
-op of ``dplr`` with a single write: u_t = beta_t v_t + S_{t-1}^T a_t with a_t = -beta_t e^g_t k_t.
+The primitive behind DeltaNet (Yang et al. 2024), Gated DeltaNet, DeltaProduct and KDA. On a CPU it
+is the sweep of ``dplr`` with a single write: u_t = beta_t v_t + S_{t-1}^T a_t with
+a_t = -beta_t e^g_t k_t.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from flacompile.ops.dplr import run
+from flacompile.ops import context, dplr
+from flacompile.ops.define import define
+from flacompile.ops.start import filled
 from flacompile.ops.validate import check_delta_rule
+
+Triple = tuple[Tensor, Tensor, Tensor]
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def delta_rule(
@@ -51,12 +60,15 @@ def delta_rule(
         dtype = torch.get_autocast_dtype(device)
         q, k, v, beta = (x.to(dtype) for x in (q, k, v, beta))
     check_delta_rule(q, k, v, g, beta, state, cu_seqlens)
-    accumulator = torch.promote_types(q.dtype, torch.float32)
-    beta = beta.to(accumulator)[..., None]
-    erase = -beta * k
-    if g is not None:
-        erase = erase * (g if g.ndim == 4 else g[..., None]).to(accumulator).exp()
-    return run(q, k, beta * v, g, erase, None, scale, state, cu_seqlens)
+    g, state, scale = filled(q, v, g, state, cu_seqlens, scale)
+    if context.active():
+        context.whole_sequences(cu_seqlens)
+        values, start = context.with_identity(k, v, state)
+        _, final, _ = _forward(q, k, values, g, beta, start, None, scale)
+        left, transition = final.split((v.shape[3], k.shape[3]), -1)
+        state = context.incoming(state, left, transition, torch.matmul)
+    o, final, _ = _forward(q, k, v, g, beta, state, cu_seqlens, scale)
+    return o, final
 
 
 def delta_rule_step(
@@ -89,3 +101,118 @@ def delta_rule_step(
     state = state + k.mT * (beta.to(state.dtype)[..., None, None] * (v - k @ state))
     o = (q @ state)[..., 0, :] * (q.shape[-1] ** -0.5 if scale is None else scale)
     return o.to(dtype), state
+
+
+def _erase(k: Tensor, g: Tensor | None, beta: Tensor, like: Tensor) -> Tensor:
+    """a_t = -beta_t e^g_t k_t in the dtype of the state."""
+    erase = -beta.to(like.dtype)[..., None] * k
+    return erase if g is None else erase * _per_channel(g).exp()
+
+
+def _per_channel(g: Tensor) -> Tensor:
+    return g if g.ndim == 4 else g[..., None]
+
+
+def decomposed(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> Triple:  # fmt: skip
+    """The op as a fixed number of aten operations, for exporters; not for packed sequences."""
+    write = beta.to(state.dtype)[..., None] * v
+    a = _erase(k, g, beta, state)
+    return dplr.decomposed(q, k, write, g, a, None, state, cu_seqlens, scale)
+
+
+def delta_rule_forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> Triple:  # fmt: skip
+    """The op on a CPU."""
+    write = beta.to(state.dtype)[..., None] * v
+    a = _erase(k, g, beta, state)
+    return dplr.forward_cpu(q, k, write, g, a, None, state, cu_seqlens, scale)
+
+
+def _forward_cuda(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> Triple:  # fmt: skip
+    from flacompile.ops.kernels import delta as kernels
+
+    return kernels.delta_rule_forward(q, k, v, g, beta, state, cu_seqlens, scale)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> Triple:  # fmt: skip
+    return q.new_empty(v.shape), state.new_empty(state.shape), q.new_empty(v.shape)
+
+
+def delta_rule_backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+) -> Six:  # fmt: skip
+    """Gradients of every input of the op, on a CPU: those of dplr, through a and beta v."""
+    wide = beta.to(state.dtype)[..., None]
+    a = _erase(k, g, beta, state)
+    dq, dk, dw, dg, da, _, dstate = dplr.backward_cpu(
+        q, k, wide * v, g, a, None, state, cu_seqlens, scale, u, final, do, dfinal
+    )
+    da_of_k = da if g is None else da * _per_channel(g).exp()
+    dbeta = (dw * v).sum(-1) - (da_of_k * k).sum(-1)
+    if g is not None:
+        dg = dg + (a * da).sum(-1) if g.ndim == 3 else dg + a * da
+    dk = dk - wide * da_of_k
+    return dq, dk.to(k.dtype), (wide * dw).to(v.dtype), dg, dbeta.to(beta.dtype), dstate
+
+
+def _backward_cuda(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+) -> Six:  # fmt: skip
+    from flacompile.ops.kernels import delta_backward as kernels
+
+    dq, dk, dv, dg, dbeta, dstate = kernels.delta_rule_backward(
+        q, k, v, g, beta, state, cu_seqlens, scale, u, do, dfinal
+    )
+    return dq, dk, dv, state.new_empty(0) if dg is None else dg, dbeta, dstate
+
+
+def _backward_fake(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+) -> Six:  # fmt: skip
+    def like(x: Tensor | None) -> Tensor:
+        return state.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    return like(q), like(k), like(v), like(g), like(beta), like(state)
+
+
+_forward, _forward_ops = define(delta_rule_forward, _forward_cuda, _forward_fake)
+_backward, _ = define(delta_rule_backward, _backward_cuda, _backward_fake)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
+    *tensors, scale = inputs
+    _, final, u = output
+    ctx.save_for_backward(*tensors, u, final)
+    ctx.mark_non_differentiable(u)
+    ctx.scale = scale
+
+
+def _backward_of_op(ctx: Any, do: Tensor, dfinal: Tensor, du: Any) -> tuple[Tensor | None, ...]:
+    *tensors, u, final = ctx.saved_tensors
+    dq, dk, dv, dg, dbeta, dstate = _backward(*tensors, ctx.scale, u, final, do, dfinal)
+    return dq, dk, dv, None if tensors[3] is None else dg, dbeta, dstate, None, None
+
+
+def _flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    """Multiply-adds of the recurrence, two each: S k and S q read, k u^T written."""
+    batch, time, heads, key_dim = q
+    return 6 * batch * time * heads * key_dim * v[-1]
+
+
+for _op in _forward_ops:
+    _op.register_autograd(_backward_of_op, setup_context=_setup)
+    register_flop_formula(_op._opoverload.overloadpacket)(_flops)

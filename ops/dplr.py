@@ -2,9 +2,9 @@
 
     S_t = (diag(e^g_t) + b_t a_t^T) S_{t-1} + k_t v_t^T        o_t = scale q_t S_t
 
-The primitive behind RWKV-7 (Peng et al. 2025) and, through ``delta_rule``, behind DeltaNet (Yang et
-al. 2024), Gated DeltaNet, DeltaProduct and KDA. With u_t = S_{t-1}^T a_t it is two writes, b u^T
-and k v^T; the op has the delta rule's single one as well: without b, u_t = v_t + S_{t-1}^T a_t and
+The primitive behind RWKV-7 (Peng et al. 2025). With u_t = S_{t-1}^T a_t it is two writes, b u^T
+and k v^T. The CPU form has the single one of ``delta_rule`` as well: without b,
+u_t = v_t + S_{t-1}^T a_t and
 
     S_t = diag(e^g_t) S_{t-1} + k_t u_t^T
 """
@@ -24,9 +24,11 @@ from flacompile.ops.chunked_reads import chunked_reads
 from flacompile.ops.closed_backward import decay_gradient
 from flacompile.ops.define import define
 from flacompile.ops.dplr_gradients import by_early_reads, forward, gradients
+from flacompile.ops.start import filled
 from flacompile.ops.validate import check_dplr
 
 Triple = tuple[Tensor, Tensor, Tensor]
+Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def dplr(
@@ -67,7 +69,15 @@ def dplr(
         dtype = torch.get_autocast_dtype(device)
         q, k, v, a, b = (x.to(dtype) for x in (q, k, v, a, b))
     check_dplr(q, k, v, g, {"a": a, "b": b}, state, cu_seqlens)
-    return run(q, k, v, g, a, b, scale, state, cu_seqlens)
+    g, state, scale = filled(q, v, g, state, cu_seqlens, scale)
+    if context.active():
+        context.whole_sequences(cu_seqlens)
+        values, start = context.with_identity(k, v, state)
+        _, final, _ = _forward(q, k, values, g, a, b, start, None, scale)
+        left, transition = final.split((v.shape[3], k.shape[3]), -1)
+        state = context.incoming(state, left, transition, torch.matmul)
+    o, final, _ = _forward(q, k, v, g, a, b, state, cu_seqlens, scale)
+    return o, final
 
 
 def dplr_step(
@@ -101,38 +111,6 @@ def dplr_step(
     state = state + b.mT * u + k.mT * v
     o = (q @ state)[..., 0, :] * (q.shape[-1] ** -0.5 if scale is None else scale)
     return o.to(dtype), state
-
-
-def run(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None,
-    scale: float | None, state: Tensor | None, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The op on checked input, defaults filled in; o is in the dtype of q."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if state is None:
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        accumulator = torch.promote_types(q.dtype, torch.float32)
-        state = q.new_zeros(sequences, *q.shape[2:], v.shape[3], dtype=accumulator)
-    g = g if g is None else g.to(state.dtype)
-    if context.active():
-        context.whole_sequences(cu_seqlens)
-        state = _incoming(q, k, v, g, a, b, state, scale)
-    o, final, _ = _forward(q, k, v, g, a, b, state, cu_seqlens, scale)
-    return o, final
-
-
-def _incoming(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
-    scale: float,
-) -> Tensor:  # fmt: skip
-    """The state before this rank's tokens; K more columns without values carry the identity."""
-    size = q.shape[3]
-    unit = torch.eye(size, dtype=state.dtype, device=state.device).expand(*state.shape[:3], size)
-    values = torch.cat((v, torch.zeros_like(k)), -1)
-    start = torch.cat((state, unit), -1)
-    _, final, _ = _forward(q, k, values, g, a, b, start, None, scale)
-    left, transition = final.split((v.shape[3], size), -1)
-    return context.incoming(state, left, transition, torch.matmul)
 
 
 def decomposed(
@@ -209,19 +187,27 @@ def _read_cpu(
 
 
 @torch.autocast("cpu", enabled=False)  # sums are fp32, whatever the caller's context
-def dplr_forward(
+def forward_cpu(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
     cu_seqlens: Tensor | None, scale: float,
 ) -> Triple:  # fmt: skip
-    """The op on a CPU. The sign of the decays is checked here, where reading them costs no sync."""
+    """One write or two. The sign of g is checked here, where reading it costs no sync."""
     if g is not None and g.numel() and g.max() > 0:
         raise ValueError(f"g must be a log decay <= 0, got a maximum of {g.max():.4g}")
     o, final, u = forward(_sweep_cpu, q, k, v, g, a, b, state, cu_seqlens, scale)
     return o.to(q.dtype), final, u.to(q.dtype)
 
 
+def dplr_forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> Triple:  # fmt: skip
+    """The op on a CPU."""
+    return forward_cpu(q, k, v, g, a, b, state, cu_seqlens, scale)
+
+
 def _forward_cuda(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor, state: Tensor,
     cu_seqlens: Tensor | None, scale: float,
 ) -> Triple:  # fmt: skip
     from flacompile.ops.kernels import dplr as kernels
@@ -231,26 +217,36 @@ def _forward_cuda(
 
 
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor, state: Tensor,
     cu_seqlens: Tensor | None, scale: float,
 ) -> Triple:  # fmt: skip
     return q.new_empty(v.shape), state.new_empty(state.shape), q.new_empty(v.shape)
 
 
 @torch.autocast("cpu", enabled=False)
-def dplr_backward(
+def backward_cpu(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
     cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of every input of the op, on a CPU."""
+) -> Seven:  # fmt: skip
+    """Gradients of every input, with one write or two."""
     inputs = (q, k, v, g, a, b, state, cu_seqlens, scale, u, final, do, dfinal)
     return gradients(_sweep_cpu, _read_cpu, decay_gradient, *inputs)
 
 
-def _backward_cuda(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
+def dplr_backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor, state: Tensor,
     cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> Seven:  # fmt: skip
+    """Gradients of every input of the op, on a CPU."""
+    return backward_cpu(
+        q, k, v, g, a, b, state, cu_seqlens, scale, u, final, do, dfinal
+    )  # fmt: skip
+
+
+def _backward_cuda(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
+) -> Seven:  # fmt: skip
     inputs = (q, k, v, g, a, b, state, cu_seqlens, scale, u, final, do, dfinal)
     from flacompile.ops.kernels import decay_gradient as decay
     from flacompile.ops.kernels import dplr as kernels
@@ -261,9 +257,9 @@ def _backward_cuda(
 
 
 def _backward_fake(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None, state: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor, state: Tensor,
     cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> Seven:  # fmt: skip
     def like(x: Tensor | None) -> Tensor:
         return state.new_empty(0) if x is None else x.new_empty(x.shape)
 
@@ -285,15 +281,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
 def _backward_of_op(ctx: Any, do: Tensor, dfinal: Tensor, du: Any) -> tuple[Tensor | None, ...]:
     *tensors, u, final = ctx.saved_tensors
     dq, dk, dv, dg, da, db, dstate = _backward(*tensors, ctx.scale, u, final, do, dfinal)
-    g, b = tensors[3], tensors[5]
-    dg, db = None if g is None else dg, None if b is None else db
-    return dq, dk, dv, dg, da, db, dstate, None, None
+    return dq, dk, dv, None if tensors[3] is None else dg, da, db, dstate, None, None
 
 
 def _flops(q: Any, k: Any, v: Any, g: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
     """Multiply-adds of the recurrence, two each: S a and S q read, k v^T and b u^T written."""
     batch, time, heads, key_dim = q
-    return (6 if b is None else 8) * batch * time * heads * key_dim * v[-1]
+    return 8 * batch * time * heads * key_dim * v[-1]
 
 
 for _op in _forward_ops:

@@ -16,6 +16,7 @@ from flacompile.ops import context
 from flacompile.ops.chunked import CHUNK, chunked
 from flacompile.ops.closed_backward import decay_gradient, gradients
 from flacompile.ops.define import define
+from flacompile.ops.start import filled
 from flacompile.ops.validate import check_linear_attn
 
 Pair = tuple[Tensor, Tensor]
@@ -59,11 +60,7 @@ def linear_attn(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check_linear_attn(q, k, v, gk, gv, state, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if state is None:
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        state = q.new_zeros(sequences, *_state_shape(q, v), dtype=_accumulator(q))
-    gk = gk if gk is None else gk.to(state.dtype)
+    gk, state, scale = filled(q, v, gk, state, cu_seqlens, scale)
     gv = gv if gv is None else gv.to(state.dtype)
     if context.active():
         context.whole_sequences(cu_seqlens)
@@ -111,14 +108,6 @@ def linear_attn_step(
     state = state + k.to(state.dtype)[..., None] * v.to(state.dtype)[..., None, :]
     o = (q.to(state.dtype)[..., None, :] @ state)[..., 0, :]
     return (o * (q.shape[-1] ** -0.5 if scale is None else scale)).to(v.dtype), state
-
-
-def _accumulator(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _state_shape(q: Tensor, v: Tensor) -> tuple[int, int, int]:
-    return q.shape[2], q.shape[3], v.shape[3]
 
 
 def decomposed(
@@ -223,10 +212,24 @@ def _backward_cuda(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
     cu_seqlens: Tensor | None, scale: float, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from flacompile.ops.kernels import decay_gradient as kernels
+    """By chunks, where no decay is one of the value channels; else by calls of the forward."""
+    if gv is not None and gv.ndim == 4:
+        from flacompile.ops.kernels import decay_gradient as kernels
 
-    inputs = (q, k, v, gk, gv, state, cu_seqlens, scale, final, do, dfinal)
-    return gradients(_run_cuda, kernels.decay_gradient, *inputs)
+        inputs = (q, k, v, gk, gv, state, cu_seqlens, scale, final, do, dfinal)
+        return gradients(_run_cuda, kernels.decay_gradient, *inputs)
+    from flacompile.ops.kernels import linear_attn_backward as by_chunks
+
+    g = gk if gv is None else gv if gk is None else gk + (gv if gk.ndim == 3 else gv[..., None])
+    dq, dk, dv, dg, dstate = by_chunks.linear_attn_backward(
+        q, k, v, g, state, cu_seqlens, scale, do, dfinal
+    )
+    dgk, dgv = dstate.new_empty(0), dstate.new_empty(0)  # an op's outputs must not be one tensor
+    if dg is not None and gv is not None:
+        dgv = dg.sum(-1) if dg.ndim == 4 else dg.clone() if gk is not None else dg
+    if dg is not None and gk is not None:
+        dgk = dg
+    return dq, dk, dv, dgk, dgv, dstate
 
 
 def _backward_fake(

@@ -20,6 +20,9 @@ AXES = {
     "linear_attn_forward": "BTHK BTHK BTHV BTHK BTHV BHKV . . -> BTHV BHKV",
     "linear_attn_backward": "BTHK BTHK BTHV BTHK BTHV BHKV . . BHKV BTHV BHKV"
     " -> BTHK BTHK BTHV BTHK BTHV BHKV",
+    "delta_rule_forward": "BTHK BTHK BTHV BTHK BTH BHKV . . -> BTHV BHKV BTHV",
+    "delta_rule_backward": "BTHK BTHK BTHV BTHK BTH BHKV . . BTHV BHKV BTHV BHKV"
+    " -> BTHK BTHK BTHV BTHK BTH BHKV",
     "dplr_forward": "BTHK BTHK BTHV BTHK BTHK BTHK BHKV . . -> BTHV BHKV BTHV",
     "dplr_backward": "BTHK BTHK BTHV BTHK BTHK BTHK BHKV . . BTHV BHKV BTHV BHKV"
     " -> BTHK BTHK BTHV BTHK BTHK BTHK BHKV",

@@ -9,6 +9,7 @@ import torch
 from torch.export import ExportedProgram
 
 from flacompile.ops.conv import decomposed as conv
+from flacompile.ops.delta_rule import decomposed as delta_rule
 from flacompile.ops.dplr import decomposed as dplr
 from flacompile.ops.linear_attn import decomposed as linear_attn
 from flacompile.ops.scan import decomposed as scan
@@ -20,6 +21,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     """op overload -> the same function in a fixed number of aten operations, any T."""
     return {
         torch.ops.flacompile.conv_forward.default: conv,
+        torch.ops.flacompile.delta_rule_forward.default: delta_rule,
         torch.ops.flacompile.dplr_forward.default: dplr,
         torch.ops.flacompile.linear_attn_forward.default: linear_attn,
         torch.ops.flacompile.scan_forward.default: scan,

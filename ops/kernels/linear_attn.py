@@ -171,9 +171,15 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def num_segments(programs: Any, time: Any) -> Any:
-    """Into how many segments a sequence is cut, where ``programs`` walk one each without."""
+def num_segments(programs: Any, time: Any, fewest: int = 2) -> Any:
+    """Into how many segments a sequence is cut, where ``programs`` walk one each without.
+
+    Args:
+        fewest: that pay.
+    """
     most = PROGRAMS // torch.sym_max(programs, 1)
+    if isinstance(most, int):
+        most = most if most >= fewest else 1
     return torch.sym_max(1, torch.sym_min(most, time // SHORTEST))
 
 

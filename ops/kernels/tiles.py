@@ -92,6 +92,19 @@ def _decay_sums(g, at, by, inside):
 
 
 @triton.jit
+def _channel_sums(g_c, REST: tl.constexpr):
+    """Sums of the log decays of each channel up to each row, or of the rows after it; and of all.
+
+    They are taken from the row outwards: a strong decay far away does not blur a weak one near by.
+    """
+    g_c = tl.maximum(g_c, -128.0)  # e^-128 is 0 in fp32
+    sums = tl.cumsum(g_c, 0, reverse=REST)
+    if REST:
+        sums -= g_c
+    return sums, tl.sum(g_c, 0)
+
+
+@triton.jit
 def _load_state(state, sequence_head, kk, vv, K: tl.constexpr, V: tl.constexpr):
     offsets = sequence_head * K * V + kk[:, None] * V + vv[None, :]
     mask = (kk < K)[:, None] & (vv < V)[None, :]

@@ -1,0 +1,426 @@
+"""Triton kernels of `delta_rule`: matrices of all chunks at once, then one walk over the chunks.
+
+With S the state before a chunk of C rows, b_i the sum of the log decays of its first i rows, b_C of
+all, and D_ij = e^{b_i - b_j}, what the chunk writes is u, of
+
+    (1 + L) U = diag(beta) (V - (e^b K) S)      L_ij = beta_i D_ij k_i . k_j, i > j
+    O = scale (e^b Q) S + P U                   P_ij = scale D_ij q_i . k_j, i >= j
+    S_next = e^{b_C} S + (e^{b_C - b} K)^T U
+
+X = (1 + L)^-1 and P do not depend on the state: ``_inside_kernel`` finds them. Gradients go back in
+time in the same way: with G the gradient of the state after a chunk,
+
+    dU = P^T dO + (e^{b_C - b} K) G
+    dR = X^T dU                                 the gradient of the right-hand side
+    G_before = e^{b_C} G + scale (e^b Q)^T dO - (beta e^b K)^T dR
+
+Grid of a walk: one program a (sequence, segment, head, block of BV columns), with its block of the
+state in registers. Few sequences and heads do not fill a GPU: there a sequence is cut into segments,
+whose ends are linear in their starts, end = M start + N. A first walk finds N and, from the columns
+of the identity, M; ``_join_kernel`` goes from start to start; then all segments are walked at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flacompile.ops.kernels.columns import _between, _columns
+from flacompile.ops.kernels.dplr_inside import _inverse
+from flacompile.ops.kernels.launch import launch
+from flacompile.ops.kernels.linear_attn import num_segments
+from flacompile.ops.kernels.states import Chunks, _chunks_of, _place, chunks_of
+from flacompile.ops.kernels.tiles import (
+    DOTS,
+    LIMITS,
+    _channel_sums,
+    _decay_sums,
+    _dot,
+    _load,
+    _load_state,
+    _sequence,
+    _store_rows,
+    _store_state,
+    dot_of,
+)
+
+FEWEST = 4  # segments that pay for the walk that finds M
+
+
+@triton.jit
+def _inside_kernel(
+    q, k, g, gk, beta, cu_seqlens, sequences, places, X, P, q_in, k_in, k_end, total, scale,
+    T, H, N, CHUNKS, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """X and P of one chunk and head; with gk also the decayed rows, and the chunk's log decay."""
+    # 1. What this program owns.
+    h, chunk = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
+    n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
+    if n >= N:
+        return
+    start, length = _sequence(cu_seqlens, n, T)
+    first = place * C
+    i, kk = tl.arange(0, C), tl.arange(0, BK)
+    at, by, inside = (start + first) * H + h, i * H, first + i < length
+    q_c, k_c = _load(q, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
+
+    # 2. Products of its rows, decayed.
+    if gk is None:
+        L = _dot(k_c, tl.trans(k_c), DOT, PRECISION)
+        P_c = _dot(q_c, tl.trans(k_c), DOT, PRECISION)
+        if g is not None:
+            hi, lo, _, _, _, _ = _decay_sums(g, at, by, inside)
+            L *= _between(hi, lo, i)
+            P_c *= _between(hi, lo, i)
+    else:
+        gk_c = _load(gk, at, by, inside, kk, K)
+        sums, end = _channel_sums(gk_c, False)
+        tl.store(total + (chunk * H + h) * K + kk, end, mask=kk < K)
+        _store_rows(k_c * tl.exp(_channel_sums(gk_c, True)[0]), k_end, at, by, inside, kk, K)
+        into_q, into_k = q_c * tl.exp(sums), k_c * tl.exp(sums)
+        _store_rows(into_q, q_in, at, by, inside, kk, K)
+        _store_rows(into_k, k_in, at, by, inside, kk, K)
+        if tl.min(end, 0) > -LIMIT:
+            out = tl.trans(k_c * tl.exp(-sums))
+            L = _dot(into_k, out, DOT, PRECISION)
+            P_c = _dot(into_q, out, DOT, PRECISION)
+        else:
+            L = _columns(k_c, k_c, None, k, gk, at, first, length, i, kk, H, K, C)[0]
+            P_c = _columns(q_c, k_c, None, k, gk, at, first, length, i, kk, H, K, C)[0]
+    P_c = tl.where(i[:, None] >= i[None, :], scale * P_c, 0.0)
+    _store_rows(P_c, P, at, by, inside, i, C)
+
+    # 3. The inverse.
+    beta_c = tl.load(beta + at + by, mask=inside, other=0.0).to(tl.float32)[:, None]
+    A = tl.where(i[:, None] > i[None, :], -beta_c * L, 0.0)
+    _store_rows(_inverse(A, i, C, PRECISION), X, at, by, inside, i, C)
+
+
+@triton.jit
+def _walked(
+    cu_seqlens, offsets, state, T, H, CHUNKS, SEGMENTS,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, MOVES: tl.constexpr,
+):  # fmt: skip
+    """What a program of a walk owns, and the state it starts from.
+
+    With MOVES the blocks after those of V start from the identity's columns.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    BLOCKS: tl.constexpr = NV + (K + BV - 1) // BV if MOVES else NV
+    block, owner = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS).to(tl.int64)
+    h, segment, n = owner % H, (owner // H) % SEGMENTS, owner // H // SEGMENTS
+    start, length = _sequence(cu_seqlens, n, T)
+    base, count = _chunks_of(offsets, n, CHUNKS), (length + C - 1) // C
+    moves = block >= NV
+    kk, vv = tl.arange(0, BK), tl.where(moves, block - NV, block) * BV + tl.arange(0, BV)
+    S = tl.zeros([BK, BV], tl.float32)
+    if MOVES:
+        S += tl.where((kk[:, None] == vv[None, :]) & moves, 1.0, 0.0)
+    else:
+        S += _load_state(state, owner, kk, vv, K, V)
+    return owner, h, segment, n, start, length, base, count, moves, kk, vv, S
+
+
+@triton.jit
+def _decay_of(total, index, kk, K: tl.constexpr):
+    """Decay of a chunk, of each channel."""
+    return tl.exp(tl.load(total + index * K + kk, mask=kk < K, other=0.0))
+
+
+@triton.jit
+def _store_walk(
+    S, ends, moved, final, moves, owner, segment, SEGMENTS, n, H, h, kk, vv,
+    K: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """The state after a segment: of a first walk to ends or moved, of the last one to final."""
+    if ends is not None:
+        if moves:
+            _store_state(S, moved, owner, kk, vv, K, K)
+        else:
+            _store_state(S, ends, owner, kk, vv, K, V)
+    elif segment == SEGMENTS - 1:
+        _store_state(S, final, n * H + h, kk, vv, K, V)
+
+
+@triton.jit
+def _forward_kernel(
+    q, k, k_end, v, g, total, beta, X, P, state, cu_seqlens, offsets, u, o, ends, moved, final,
+    scale, T, H, CHUNKS, SEGMENT, SEGMENTS,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """u, o and the state; a first walk, with ends and moved, finds how a segment moves a state."""
+    # 1. What this program owns.
+    FIRST: tl.constexpr = ends is not None
+    owner, h, segment, n, start, length, base, count, moves, kk, vv, S = _walked(
+        cu_seqlens, offsets, state, T, H, CHUNKS, SEGMENTS, K, V, BK, BV, C, FIRST
+    )
+    i = tl.arange(0, C)
+    begin = segment * SEGMENT
+    for chunk in range(begin, tl.minimum(begin + SEGMENT, count)):
+        # 2. Load the chunk; the identity's columns have no values.
+        at, by, inside = (start + chunk * C) * H + h, i * H, chunk * C + i < length
+        k_c, X_c = _load(k, at, by, inside, kk, K), _load(X, at, by, inside, i, C)
+        v_c = _load(v, at, by, inside & (moves == 0), vv, V)
+        beta_c = tl.load(beta + at + by, mask=inside, other=0.0).to(tl.float32)[:, None]
+        k_write = k_c if k_end is None else _load(k_end, at, by, inside, kk, K)
+        if g is not None:
+            hi, lo, _, _, hi_end, lo_end = _decay_sums(g, at, by, inside)
+
+        # 3. Solve for u.
+        read = _dot(k_c, S, DOT, PRECISION)
+        if g is not None:
+            read *= tl.exp(hi + lo)[:, None]
+        U = _dot(X_c, beta_c * (v_c.to(tl.float32) - read), DOT, PRECISION)
+
+        # 4. Read o.
+        if not FIRST:
+            _store_rows(U, u, at, by, inside, vv, V)
+            q_c = _load(q, at, by, inside, kk, K)
+            o_c = scale * _dot(q_c, S, DOT, PRECISION)
+            if g is not None:
+                o_c *= tl.exp(hi + lo)[:, None]
+            o_c += _dot(_load(P, at, by, inside, i, C), U, DOT, PRECISION)
+            _store_rows(o_c, o, at, by, inside, vv, V)
+
+        # 5. Take the chunk into the state.
+        if g is not None:
+            S *= tl.exp(hi_end + lo_end)
+            U *= tl.exp((hi_end - hi) + (lo_end - lo))[:, None]
+        if total is not None:
+            S *= _decay_of(total, (base + chunk) * H + h, kk, K)[:, None]
+        S += _dot(tl.trans(k_write), U, DOT, PRECISION)
+
+    _store_walk(S, ends, moved, final, moves, owner, segment, SEGMENTS, n, H, h, kk, vv, K, V)
+
+
+@triton.jit
+def _backward_kernel(
+    q, k, k_end, g, total, beta, X, P, do, state, cu_seqlens, offsets, dr, states, ends, moved,
+    final, scale, T, H, CHUNKS, SEGMENT, SEGMENTS,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dr and the gradient of the state after each chunk, from the last chunk to the first."""
+    # 1. What this program owns.
+    FIRST: tl.constexpr = ends is not None
+    owner, h, segment, n, start, length, base, count, moves, kk, vv, S = _walked(
+        cu_seqlens, offsets, state, T, H, CHUNKS, SEGMENTS, K, V, BK, BV, C, FIRST
+    )
+    i = tl.arange(0, C)
+    begin = segment * SEGMENT
+    for step in range(begin, tl.minimum(begin + SEGMENT, count)):
+        # 2. Load the chunk.
+        chunk = count - 1 - step
+        at, by, inside = (start + chunk * C) * H + h, i * H, chunk * C + i < length
+        if not FIRST:
+            _store_state(S, states, (base + chunk) * H + h, kk, vv, K, V)
+        q_c, k_c = _load(q, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
+        do_c = _load(do, at, by, inside & (moves == 0), vv, V)
+        beta_c = tl.load(beta + at + by, mask=inside, other=0.0).to(tl.float32)[:, None]
+        k_write = k_c if k_end is None else _load(k_end, at, by, inside, kk, K)
+        if g is not None:
+            hi, lo, _, _, hi_end, lo_end = _decay_sums(g, at, by, inside)
+
+        # 3. The gradients of u and of what it was solved from.
+        dU = _dot(k_write, S, DOT, PRECISION)
+        if g is not None:
+            dU *= tl.exp((hi_end - hi) + (lo_end - lo))[:, None]
+        dU += _dot(tl.trans(_load(P, at, by, inside, i, C)), do_c, DOT, PRECISION)
+        dR = _dot(tl.trans(_load(X, at, by, inside, i, C)), dU, DOT, PRECISION)
+        if not FIRST:
+            _store_rows(dR, dr, at, by, inside, vv, V)
+
+        # 4. Of the state before the chunk.
+        dR *= beta_c
+        do_c = scale * do_c.to(tl.float32)
+        if g is not None:
+            S *= tl.exp(hi_end + lo_end)
+            dR *= tl.exp(hi + lo)[:, None]
+            do_c *= tl.exp(hi + lo)[:, None]
+        if total is not None:
+            S *= _decay_of(total, (base + chunk) * H + h, kk, K)[:, None]
+        S += _dot(tl.trans(q_c), do_c, DOT, PRECISION) - _dot(tl.trans(k_c), dR, DOT, PRECISION)
+
+    _store_walk(S, ends, moved, final, moves, owner, segment, SEGMENTS, n, H, h, kk, vv, K, V)
+
+
+@triton.jit
+def _join_kernel(
+    ends, moved, state, starts, H, SEGMENTS,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The state before each segment.
+
+    Grid: one program a (sequence, head, block of BV columns); rows and sums in blocks of BK.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    owner, vv = (tl.program_id(0) // NV).to(tl.int64), (tl.program_id(0) % NV) * BV
+    n, h, vv = owner // H, owner % H, vv + tl.arange(0, BV)
+    for rows in range(0, K, BK):
+        kk = rows + tl.arange(0, BK)
+        S = _load_state(state, owner, kk, vv, K, V)
+        _store_state(S, starts, n * SEGMENTS * H + h, kk, vv, K, V)
+    for segment in range(SEGMENTS - 1):
+        tl.debug_barrier()  # all rows of the start are written
+        index = (n * SEGMENTS + segment) * H + h
+        for rows in range(0, K, BK):
+            kk = rows + tl.arange(0, BK)
+            S = _load_state(ends, index, kk, vv, K, V)
+            for columns in range(0, K, BK):
+                cc = columns + tl.arange(0, BK)
+                M = _load_state(moved, index, kk, cc, K, K)
+                before = _load_state(starts, index, cc, vv, K, V)
+                S += tl.dot(M, before, input_precision="ieee")
+            _store_state(S, starts, index + H, kk, vv, K, V)
+
+
+def tiles(K: int, V: int, dot: str) -> dict[str, int]:
+    """Block sizes and warps of the walks."""
+    BK, BV = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
+    if dot == "ieee":
+        widest, C = 16, 16
+    elif dot == "tf32" or BK > 128:
+        widest, C = 32 if BK > 64 else 64, 32
+    else:
+        widest, C = 64, 64
+    warps = 4 if (64 if dot == "ieee" else 128) >= BK else 8
+    stages = 2 if dot == "bf16" else 1
+    return {"BK": BK, "BV": min(BV, widest), "C": C, "num_warps": warps, "num_stages": stages}
+
+
+class Inside(NamedTuple):
+    """What the walks read of all chunks but values.
+
+    X, P: [B, T, H, C], row i of a chunk at its token.
+    q, k, k_end: [B, T, H, K], with a decay a channel decayed from the chunk's start, and to its
+        end; else q, k and None.
+    total: log decay a channel of each chunk, [chunks, H, K], or None.
+    """
+
+    X: Tensor
+    P: Tensor
+    q: Tensor
+    k: Tensor
+    k_end: Tensor | None
+    total: Tensor | None
+
+
+def inside(
+    q: Tensor, k: Tensor, decays: tuple[Any, Any], beta: Tensor, cu_seqlens: Tensor | None,
+    chunks: Chunks, scale: float, sequences: Any, dot: str,
+) -> Inside:  # fmt: skip
+    """Of all chunks at once."""
+    B, T, H, K = q.shape
+    kept = torch.bfloat16 if dot == "bf16" else torch.float32
+    X, P = (q.new_empty(B, T, H, chunks.size, dtype=kept) for _ in range(2))
+    rows: tuple[Tensor | None, ...] = (None, None, None)
+    total = None
+    if decays[1] is not None:
+        rows = tuple(torch.empty_like(x) for x in (q, k, k))
+        total = q.new_empty(chunks.total, H, K, dtype=torch.float32)
+    launch(
+        _inside_kernel, (chunks.total * H,), q, k, *decays, beta, cu_seqlens, chunks.sequences,
+        chunks.places, X, P, *rows, total, scale, T, H, sequences, chunks.each, K=K,
+        BK=max(16, triton.next_power_of_2(K)), C=chunks.size, LIMIT=LIMITS[dot], **DOTS[dot],
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    q_in, k_in, k_end = rows
+    return Inside(X, P, q if q_in is None else q_in, k if k_in is None else k_in, k_end, total)
+
+
+def _walk(
+    kernel: Any, tensors: tuple[Any, ...], state: Tensor, cu_seqlens: Tensor | None, chunks: Chunks,
+    outputs: tuple[Tensor, Tensor], scale: float, shape: tuple[Any, Any], meta: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """One walk, in segments where there are few programs; gives the last state."""
+    N, H, K, V = state.shape
+    T, final = shape[1], torch.empty_like(state)
+    NV, NK = triton.cdiv(V, meta["BV"]), triton.cdiv(K, meta["BV"])
+    segments = num_segments(N * H * NV, T, FEWEST)
+    length = triton.cdiv(chunks.each, segments)
+
+    def run(blocks: int, start: Any, outputs: Any, ends: Any, moved: Any) -> None:
+        launch(
+            kernel, (N * segments * H * blocks,), *tensors, start, cu_seqlens, chunks.offsets,
+            *outputs, ends, moved, final, scale, T, H, chunks.each, length, segments,
+            K=K, V=V, **meta,
+        )  # fmt: skip
+
+    if isinstance(segments, int) and segments == 1:
+        run(NV, state, outputs, None, None)
+        return final
+    ends, starts = (state.new_empty(N, segments, H, K, V) for _ in range(2))
+    moved = state.new_empty(N, segments, H, K, K)
+    run(NV + NK, None, (None, None), ends, moved)
+    BK, BV = min(64, meta["BK"]), min(32, meta["BV"])
+    launch(
+        _join_kernel, (N * H * triton.cdiv(V, BV),), ends, moved, state, starts, H, segments,
+        K=K, V=V, BK=BK, BV=BV, num_warps=4,
+    )  # fmt: skip
+    run(NV, starts, outputs, None, None)
+    return final
+
+
+def delta_rule_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the final state and u.
+
+    Args:
+        q, k: [B, T, H, K].
+        v: [B, T, H, V].
+        g: fp32 natural-log decay, [B, T, H], [B, T, H, K] or None.
+        beta: [B, T, H].
+        state: [N, H, K, V] fp32.
+        cu_seqlens: [N + 1] bounds of packed sequences, from 0 to T, on the device; B is then 1.
+        scale: factor of o.
+    """
+    K, V, dot = q.shape[3], v.shape[3], dot_of(q.dtype, k.dtype, v.dtype)
+    q, k, v, beta, state = (x.contiguous() for x in (q, k, v, beta, state))
+    decays = by_kind(g)
+    meta = tiles(K, V, dot)
+    chunks = chunks_of(cu_seqlens, state.shape[0], q.shape[1], meta["C"])
+    x = inside(q, k, decays, beta, cu_seqlens, chunks, scale, state.shape[0], dot)
+    u, o = torch.empty_like(v), torch.empty_like(v)
+    final = _walk(
+        _forward_kernel, (x.q, x.k, x.k_end, v, decays[0], x.total, beta, x.X, x.P), state,
+        cu_seqlens, chunks, (u, o), scale, q.shape[:2], meta | DOTS[dot],
+    )  # fmt: skip
+    return o, final, u
+
+
+def delta_rule_walk_back(
+    q: Tensor, k: Tensor, decays: tuple[Any, Any], beta: Tensor, do: Tensor, dfinal: Tensor,
+    cu_seqlens: Tensor | None, chunks: Chunks, scale: float, meta: dict[str, int], dot: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dr [B, T, H, V], the gradients of the states after chunks, and that of the first state."""
+    x = inside(q, k, decays, beta, cu_seqlens, chunks, scale, dfinal.shape[0], dot)
+    dr = torch.empty_like(do)
+    kept = torch.bfloat16 if dot == "bf16" else torch.float32
+    states = dfinal.new_empty(chunks.total, *dfinal.shape[1:], dtype=kept)
+    dstate = _walk(
+        _backward_kernel, (x.q, x.k, x.k_end, decays[0], x.total, beta, x.X, x.P, do), dfinal,
+        cu_seqlens, chunks, (dr, states), scale, q.shape[:2], meta | DOTS[dot],
+    )  # fmt: skip
+    return dr, states, dstate
+
+
+def by_kind(g: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A decay as the kernels take it: of a head, of a channel."""
+    if g is None or g.ndim == 3:
+        return (None if g is None else g.contiguous()), None
+    return None, g.contiguous()

@@ -1,0 +1,181 @@
+"""Triton kernel of the gradients of `delta_rule`, of all chunks at once.
+
+In the letters of ``delta``, with A_ij = scale D_ij do_i . u_j (i >= j), E_ij = -D_ij dR_i . u_j
+(i > j), which is what 1 + L gets, and y what the keys that read get:
+
+    dQ = A K + scale e^b dO S^T              Y = E K - e^b dR S^T
+    dK = A^T Q + (beta E)^T K + e^{b_C - b} U G^T + beta Y
+    dV = beta dR        dbeta_i = k_i . y_i + dR_i . v_i
+    db_i = q_i dq_i + 2 beta_i k_i y_i - k_i dk_i
+    db_C = e^{b_C} sum_v S G + sum_j k_j (e^{b_C - b_j} G u_j)
+    dg_i = db_C + sum_{m >= i} db_m
+
+Grid: one program a (chunk, head, block of BK key channels).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flacompile.ops.kernels.columns import _between, _columns
+from flacompile.ops.kernels.delta import by_kind, delta_rule_walk_back, tiles
+from flacompile.ops.kernels.launch import launch
+from flacompile.ops.kernels.states import _carried, _place, chunks_of, states
+from flacompile.ops.kernels.tiles import (
+    DOTS,
+    LIMITS,
+    _channel_sums,
+    _decay_sums,
+    _dot,
+    _load,
+    _load_state,
+    _sequence,
+    _store_rows,
+    dot_of,
+)
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
+
+
+@triton.jit
+def _keys_kernel(
+    q, k, v, g, gk, beta, u, do, dr, S, G, cu_seqlens, sequences, places, dq, dk, dv, dg, dgk,
+    dbeta, scale, T, H, N, CHUNKS, ROWS,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and dgk of a block of channels, shares of dbeta and dg; the first block also dv."""
+    # 1. What this program owns.
+    NK: tl.constexpr = (K + BK - 1) // BK
+    block, owner = tl.program_id(0) % NK, tl.program_id(0) // NK
+    h, chunk = owner % H, (owner // H).to(tl.int64)
+    n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
+    if n >= N:
+        return
+    start, length = _sequence(cu_seqlens, n, T)
+    first = place * C
+    i, kk, vv = tl.arange(0, C), block * BK + tl.arange(0, BK), tl.arange(0, BV)
+    at, by, inside = (start + first) * H + h, i * H, first + i < length
+    state = chunk * H + h
+    beta_c = tl.load(beta + at + by, mask=inside, other=0.0).to(tl.float32)
+
+    # 2. From the states.
+    u_c, do_c = _load(u, at, by, inside, vv, V), _load(do, at, by, inside, vv, V)
+    dr_c = _load(dr, at, by, inside, vv, V)
+    S_c = tl.trans(_load_state(S, state, kk, vv, K, V))
+    dq_c = scale * _dot(do_c, S_c, DOT, PRECISION)
+    y_c = -_dot(dr_c, S_c, DOT, PRECISION)
+    dk_c = _dot(u_c, tl.trans(_load_state(G, state, kk, vv, K, V)), DOT, PRECISION)
+
+    # 3. What the values get.
+    dbeta_c = tl.zeros([C], tl.float32)
+    if block == 0:
+        dbeta_c += tl.sum(dr_c.to(tl.float32) * _load(v, at, by, inside, vv, V), 1)
+        _store_rows(beta_c[:, None] * dr_c, dv, at, by, inside, vv, V)
+
+    # 4. From the rows of the chunk.
+    A = tl.where(i[:, None] >= i[None, :], scale * _dot(do_c, tl.trans(u_c), DOT, PRECISION), 0.0)
+    E = tl.where(i[:, None] > i[None, :], -_dot(dr_c, tl.trans(u_c), DOT, PRECISION), 0.0)
+    q_c, k_c = _load(q, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
+    carried = tl.zeros([BK], tl.float32)
+    if g is not None or gk is not None:
+        carried += _carried(S, G, state, kk, K, V)
+    if g is not None:
+        hi, lo, _, _, hi_end, lo_end = _decay_sums(g, at, by, inside)
+        A *= _between(hi, lo, i)
+        E *= _between(hi, lo, i)
+        dq_c *= tl.exp(hi + lo)[:, None]
+        y_c *= tl.exp(hi + lo)[:, None]
+        dk_c *= tl.exp((hi_end - hi) + (lo_end - lo))[:, None]
+        carried *= tl.exp(hi_end + lo_end)
+    if gk is not None:
+        gk_c = _load(gk, at, by, inside, kk, K)
+        sums, total = _channel_sums(gk_c, False)
+        carried *= tl.exp(total)
+        dq_c *= tl.exp(sums)
+        y_c *= tl.exp(sums)
+        dk_c *= tl.exp(_channel_sums(gk_c, True)[0])
+    if g is not None or gk is not None:
+        carried += tl.sum(k_c * dk_c, 0)
+    E_beta = beta_c[:, None] * E
+    if gk is None:
+        dq_c += _dot(A, k_c, DOT, PRECISION)
+        y_c += _dot(E, k_c, DOT, PRECISION)
+        dk_c += _dot(tl.trans(A), q_c, DOT, PRECISION) + _dot(tl.trans(E_beta), k_c, DOT, PRECISION)
+    elif tl.min(total, 0) > -LIMIT:
+        into, out = tl.exp(sums), tl.exp(-sums)
+        dq_c += into * _dot(A, k_c * out, DOT, PRECISION)
+        y_c += into * _dot(E, k_c * out, DOT, PRECISION)
+        from_q = _dot(tl.trans(A), q_c * into, DOT, PRECISION)
+        dk_c += out * (from_q + _dot(tl.trans(E_beta), k_c * into, DOT, PRECISION))
+    else:
+        _P, dq_in, dk_in = _columns(q_c, k_c, A, k, gk, at, first, length, i, kk, H, K, C)
+        dq_c, dk_c = dq_c + dq_in, dk_c + dk_in
+        _P, y_in, _ = _columns(k_c, k_c, E, k, gk, at, first, length, i, kk, H, K, C)
+        _P, _, dk_in = _columns(k_c, k_c, E_beta, k, gk, at, first, length, i, kk, H, K, C)
+        y_c, dk_c = y_c + y_in, dk_c + dk_in
+    dk_c += beta_c[:, None] * y_c
+    _store_rows(dq_c, dq, at, by, inside, kk, K)
+    _store_rows(dk_c, dk, at, by, inside, kk, K)
+    read = k_c * y_c
+    dbeta_c += tl.sum(read, 1)
+    tl.store(dbeta + block * ROWS + at + by, dbeta_c, mask=inside)
+
+    # 5. What the decays get.
+    db = q_c * dq_c + 2.0 * beta_c[:, None] * read - k_c * dk_c
+    if g is not None:
+        dg_c = tl.cumsum(tl.sum(db, 1), 0, reverse=True) + tl.sum(carried)
+        tl.store(dg + block * ROWS + at + by, dg_c, mask=inside)
+    if gk is not None:
+        dg_k = tl.cumsum(db, 0, reverse=True) + carried[None, :]
+        _store_rows(dg_k, dgk, at, by, inside, kk, K)
+
+
+def key_tiles(K: int, V: int) -> dict[str, int]:
+    """Block sizes and warps."""
+    BK, BV = (max(16, triton.next_power_of_2(n)) for n in (K, V))
+    return {"BK": min(BK, 64 if BV <= 128 else 32), "BV": BV, "num_warps": 8, "num_stages": 1}
+
+
+def delta_rule_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    u: Tensor,
+    do: Tensor,
+    dfinal: Tensor,
+) -> Gradients:
+    """dq, dk, dv, dg, dbeta and dstate; see ``delta_rule_forward``."""
+    B, T, H, K = q.shape
+    V, dot = v.shape[3], dot_of(q.dtype, k.dtype, v.dtype)
+    q, k, v, beta, state = (x.contiguous() for x in (q, k, v, beta, state))
+    u, do, dfinal = u.contiguous(), do.contiguous(), dfinal.contiguous()
+    decays = by_kind(g)
+    meta = tiles(K, V, dot)
+    chunks = chunks_of(cu_seqlens, state.shape[0], T, meta["C"])
+    S, _ = states(k, u, g, state, cu_seqlens, chunks, 1.0, False, dot)
+    dr, G, dstate = delta_rule_walk_back(
+        q, k, decays, beta, do, dfinal, cu_seqlens, chunks, scale, meta, dot
+    )
+    keys = {"C": meta["C"], **key_tiles(K, V)}
+    blocks = triton.cdiv(K, keys["BK"])
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dbeta = state.new_empty(blocks, B, T, H)
+    dg = None if decays[0] is None else torch.empty_like(dbeta)
+    dgk = None if decays[1] is None else torch.empty_like(decays[1])
+    launch(
+        _keys_kernel, (chunks.total * H * blocks,), q, k, v, *decays, beta, u, do, dr, S, G,
+        cu_seqlens, chunks.sequences, chunks.places, dq, dk, dv, dg, dgk, dbeta, scale, T, H,
+        state.shape[0], chunks.each, B * T * H, K=K, V=V, LIMIT=LIMITS[dot],
+        **keys, **DOTS[dot],
+    )  # fmt: skip
+    dg = dgk if dg is None else dg.sum(0)
+    return dq, dk, dv, dg, dbeta.sum(0).to(beta.dtype), dstate

@@ -1,0 +1,226 @@
+"""Triton kernel of the gradients of `linear_attn`, of all chunks at once.
+
+With S the state before a chunk, D the gradient of the state after it, b_i the sum of the log decays
+of its first i rows and b_C of all, P_ij = e^{b_i - b_j} q_i . k_j and A_ij = do_i . v_j for i >= j:
+
+    dq_i = sum_j A_ij e^{b_i - b_j} k_j + e^{b_i} S do_i
+    dk_j = sum_i A_ij e^{b_i - b_j} q_i + e^{b_C - b_j} D v_j
+    dv_j = sum_i P_ij do_i + D^T (e^{b_C - b_j} k_j)
+    db_i = q_i dq_i - k_i dk_i        db_C = e^{b_C} sum_v S D + sum_j k_j (e^{b_C - b_j} D v_j)
+    dg_i = db_C + sum_{m >= i} db_m
+
+so that no sum runs over more than a chunk. dq, dk and dv carry the factor scale but for D, which
+has it. The states are found by ``states``.
+
+Grid: one program a (chunk, head), which goes through the key channels in blocks of BK.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flacompile.ops.kernels.columns import _between, _columns
+from flacompile.ops.kernels.launch import launch
+from flacompile.ops.kernels.states import _carried, _place, chunks_of, states
+from flacompile.ops.kernels.tiles import (
+    DOTS,
+    LIMITS,
+    _channel_sums,
+    _decay_sums,
+    _dot,
+    _load,
+    _load_state,
+    _sequence,
+    _store_rows,
+    dot_of,
+)
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
+
+
+@triton.jit
+def _decay_between(hi, lo, lower):
+    between = (hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :])
+    return tl.where(lower, tl.exp(tl.where(lower, between, 0.0)), 0.0)
+
+
+@triton.jit
+def _keys_kernel(
+    q, k, v, g, gk, do, S, D, cu_seqlens, sequences, places, dq, dk, dg, dgk, scale,
+    T, H, N, CHUNKS, ROWS,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """dq and dk of a block of channels, and of decays a channel (gk) the gradient.
+
+    Of a decay a head (g) the block's share of it.
+    """
+    # 1. What this program owns.
+    NK: tl.constexpr = (K + BK - 1) // BK
+    block, owner = tl.program_id(0) % NK, tl.program_id(0) // NK
+    h, chunk = owner % H, (owner // H).to(tl.int64)
+    n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
+    if n >= N:
+        return
+    start, length = _sequence(cu_seqlens, n, T)
+    first = place * C
+    i, kk, vv = tl.arange(0, C), block * BK + tl.arange(0, BK), tl.arange(0, BV)
+    at, by, inside = (start + first) * H + h, i * H, first + i < length
+
+    # 2. From the states, then from the rows of the chunk.
+    v_c, do_c = _load(v, at, by, inside, vv, V), _load(do, at, by, inside, vv, V)
+    state = chunk * H + h
+    dq_c = scale * _dot(do_c, tl.trans(_load_state(S, state, kk, vv, K, V)), DOT, PRECISION)
+    dk_c = _dot(v_c, tl.trans(_load_state(D, state, kk, vv, K, V)), DOT, PRECISION)
+    A = scale * _dot(do_c, tl.trans(v_c), DOT, PRECISION)
+    q_c, k_c = _load(q, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
+    carried = tl.zeros([BK], tl.float32)
+    if g is not None or gk is not None:
+        carried += _carried(S, D, state, kk, K, V)
+    if g is not None:
+        hi, lo, _, _, hi_end, lo_end = _decay_sums(g, at, by, inside)
+        A *= _between(hi, lo, i)
+        dq_c *= tl.exp(hi + lo)[:, None]
+        dk_c *= tl.exp((hi_end - hi) + (lo_end - lo))[:, None]
+        carried *= tl.exp(hi_end + lo_end)
+    else:
+        A = tl.where(i[:, None] >= i[None, :], A, 0.0)
+    if gk is not None:
+        gk_c = _load(gk, at, by, inside, kk, K)
+        sums, total = _channel_sums(gk_c, False)
+        carried *= tl.exp(total)
+        dq_c *= tl.exp(sums)
+        dk_c *= tl.exp(_channel_sums(gk_c, True)[0])
+    if g is not None or gk is not None:
+        carried += tl.sum(k_c * dk_c, 0)
+    if gk is None:
+        dq_c += _dot(A, k_c, DOT, PRECISION)
+        dk_c += _dot(tl.trans(A), q_c, DOT, PRECISION)
+    elif tl.min(total, 0) > -LIMIT:
+        dq_c += tl.exp(sums) * _dot(A, k_c.to(tl.float32) * tl.exp(-sums), DOT, PRECISION)
+        q_in = q_c.to(tl.float32) * tl.exp(sums)
+        dk_c += tl.exp(-sums) * _dot(tl.trans(A), q_in, DOT, PRECISION)
+    else:
+        _P, dq_in, dk_in = _columns(q_c, k_c, A, k, gk, at, first, length, i, kk, H, K, C)
+        dq_c, dk_c = dq_c + dq_in, dk_c + dk_in
+    _store_rows(dq_c, dq, at, by, inside, kk, K)
+    _store_rows(dk_c, dk, at, by, inside, kk, K)
+
+    # 3. What the decays get.
+    if g is not None:
+        row = tl.sum(q_c * dq_c - k_c * dk_c, 1)
+        dg_c = tl.cumsum(row, 0, reverse=True) + tl.sum(carried)
+        tl.store(dg + block * ROWS + at + by, dg_c, mask=inside)
+    if gk is not None:
+        dg_c = tl.cumsum(q_c * dq_c - k_c * dk_c, 0, reverse=True) + carried[None, :]
+        _store_rows(dg_c, dgk, at, by, inside, kk, K)
+
+
+@triton.jit
+def _values_kernel(
+    q, k, g, gk, do, D, cu_seqlens, sequences, places, dv, scale, T, H, N, CHUNKS,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """dv, from the key channels a block at a time."""
+    # 1. What this program owns.
+    h, chunk = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
+    n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
+    if n >= N:
+        return
+    start, length = _sequence(cu_seqlens, n, T)
+    first = place * C
+    i, vv = tl.arange(0, C), tl.arange(0, BV)
+    at, by, inside = (start + first) * H + h, i * H, first + i < length
+    P, dv_c = tl.zeros([C, C], tl.float32), tl.zeros([C, BV], tl.float32)
+
+    # 2. P, and what the state after the chunk gives.
+    for block in range(0, K, BK):
+        kk = block + tl.arange(0, BK)
+        q_c, k_c = _load(q, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
+        D_c = _load_state(D, chunk * H + h, kk, vv, K, V)
+        if gk is None:
+            P += _dot(q_c, tl.trans(k_c), DOT, PRECISION)
+            dv_c += _dot(k_c, D_c, DOT, PRECISION)
+        else:
+            gk_c = _load(gk, at, by, inside, kk, K)
+            sums, total = _channel_sums(gk_c, False)
+            k_end = k_c.to(tl.float32) * tl.exp(_channel_sums(gk_c, True)[0])
+            dv_c += _dot(k_end, D_c, DOT, PRECISION)
+            if tl.min(total, 0) > -LIMIT:
+                q_in = q_c.to(tl.float32) * tl.exp(sums)
+                k_in = k_c.to(tl.float32) * tl.exp(-sums)
+                P += _dot(q_in, tl.trans(k_in), DOT, PRECISION)
+            else:
+                P += _columns(q_c, k_c, None, k, gk, at, first, length, i, kk, H, K, C)[0]
+
+    # 3. Inside the chunk.
+    if g is not None:
+        hi, lo, _, _, hi_end, lo_end = _decay_sums(g, at, by, inside)
+        P *= _between(hi, lo, i)
+        dv_c *= tl.exp((hi_end - hi) + (lo_end - lo))[:, None]
+    else:
+        P = tl.where(i[:, None] >= i[None, :], P, 0.0)
+    do_c = _load(do, at, by, inside, vv, V)
+    dv_c += _dot(tl.trans(scale * P), do_c, DOT, PRECISION)
+    _store_rows(dv_c, dv, at, by, inside, vv, V)
+
+
+def tiles(K: int, V: int, dot: str) -> dict[str, int]:
+    """Block sizes and warps: the tiles of a program are few enough for 99 KiB of shared memory."""
+    BK, BV = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
+    C = 64 if dot == "bf16" and BV <= 128 else 32
+    return {"BK": min(64 if BV <= 128 else 32, BK), "BV": BV, "C": C,
+            "num_warps": 4 if BV <= 64 else 8, "num_stages": 1}  # fmt: skip
+
+
+def linear_attn_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    do: Tensor,
+    dfinal: Tensor,
+) -> Gradients:
+    """dq, dk, dv, dg and dstate of ``linear_attn`` with decays of the key side.
+
+    Args:
+        q, k: [B, T, H, K].
+        v, do: [B, T, H, V].
+        g: fp32 natural-log decay, [B, T, H], [B, T, H, K] or None.
+        state, dfinal: [N, H, K, V] fp32.
+        cu_seqlens: [N + 1] bounds of packed sequences or None.
+        scale: factor of the output.
+    """
+    B, T, H, K = q.shape
+    V = v.shape[3]
+    dot = dot_of(q.dtype, k.dtype, v.dtype)
+    meta = tiles(K, V, dot)
+    q, k, v, do, state, dfinal = (x.contiguous() for x in (q, k, v, do, state, dfinal))
+    g = None if g is None else g.contiguous()
+    chunks = chunks_of(cu_seqlens, state.shape[0], T, meta["C"])
+    S, _ = states(k, v, g, state, cu_seqlens, chunks, 1.0, False, dot)
+    D, dstate = states(q, do, g, dfinal, cu_seqlens, chunks, scale, True, dot)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    scalar, channel = (g, None) if g is None or g.ndim == 3 else (None, g)
+    blocks = triton.cdiv(K, meta["BK"])
+    dg = None if scalar is None else q.new_empty(blocks, B, T, H, dtype=torch.float32)
+    dgk = None if channel is None else torch.empty_like(channel)
+    where = (cu_seqlens, chunks.sequences, chunks.places)
+    sizes = (scale, T, H, state.shape[0], chunks.each)
+    meta |= {"K": K, "V": V, "LIMIT": LIMITS[dot], **DOTS[dot]}
+    launch(
+        _keys_kernel, (chunks.total * H * blocks,), q, k, v, scalar, channel, do, S, D, *where, dq,
+        dk, dg, dgk, *sizes, B * T * H, **meta,
+    )  # fmt: skip
+    launch(
+        _values_kernel, (chunks.total * H,), q, k, scalar, channel, do, D, *where, dv, *sizes,
+        **meta,
+    )  # fmt: skip
+    return dq, dk, dv, dgk if dg is None else dg.sum(0), dstate
