@@ -1,14 +1,17 @@
 // What the tests ask of the library.
 //   check inputs model.pt2        for each bad input, its name and the refusal
+//   check graph model.pt2         whether what a DecodeGraph launches is what decode gives
 //   check words tokenizer.json    for each text of stdin, the ids and what they say again
 // The texts end in a zero byte, and so does each answer.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/argmax.h>
 #include <ATen/ops/full.h>
 #include <c10/core/InferenceMode.h>
 
 #include <functional>
 #include <iostream>
 
+#include "graph.h"
 #include "package.h"
 #include "tokenizer.h"
 
@@ -55,6 +58,23 @@ void inputs(const std::string& path) {
   }
 }
 
+void graph(const std::string& path) {
+  Package package(path);
+  auto token = at::full({2, 1}, 1, at::kLong);
+  auto outputs = package.prefill(at::full({2, 3}, 1, at::kLong), package.begin(2));
+  std::vector<at::Tensor> states(outputs.begin() + 1, outputs.end()), copies;
+  for (const auto& x : states) copies.push_back(x.clone());
+  DecodeGraph graph(package, copies);
+  for (int i = 0; i < 3; ++i) {
+    outputs = package.decode(token, states);
+    states.assign(outputs.begin() + 1, outputs.end());
+    std::cout << (outputs[0].equal(graph.step(token)) ? "equal" : "different") << '\n';
+    token = outputs[0].argmax(-1, /*keepdim=*/true);
+  }
+  const auto wrong = graph.step(token * 0 + package.facts().vocabulary);
+  std::cout << (wrong.isnan().all().item<bool>() ? "refused" : "taken") << '\n';
+}
+
 void words(const std::string& path) {
   const Tokenizer tokenizer(path);
   for (std::string text; std::getline(std::cin, text, '\0');) {
@@ -73,8 +93,9 @@ int main(int argc, char** argv) {
   try {
     const std::string what = argc == 3 ? argv[1] : "";
     if (what == "inputs") inputs(argv[2]);
+    else if (what == "graph") graph(argv[2]);
     else if (what == "words") words(argv[2]);
-    else throw Refused("check: expected inputs or words, and a file");
+    else throw Refused("check: expected inputs, graph or words, and a file");
     return 0;
   } catch (const std::exception& error) {
     std::cerr << "check: " << error.what() << "\n";

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <sstream>
 
+#include "cuda.h"
 #include "json.h"
 
 namespace flacompile {
@@ -17,12 +18,6 @@ namespace {
 
 using torch::inductor::AOTIModelPackageLoader;
 using Metadata = std::unordered_map<std::string, std::string>;
-
-std::string written(at::IntArrayRef numbers) {
-  std::ostringstream out;
-  out << numbers;
-  return out.str();
-}
 
 at::ScalarType dtype_of(const std::string& name) {
   static const std::vector<std::pair<std::string, at::ScalarType>> NAMES = {
@@ -84,6 +79,7 @@ Facts read_facts(const std::string& path) {
   facts.vocabulary = fact("vocabulary").number();
   facts.device = fact("device").text();
   facts.torch = fact("torch").text();
+  facts.capability = texts.at("AOTI_COMPUTE_CAPABILITY");
   facts.processor = texts.at("AOTI_CPU_ISA").substr(0, texts.at("AOTI_CPU_ISA").find(' '));
   return facts;
 }
@@ -94,6 +90,11 @@ void check_machine(const Facts& facts) {
   const bool known =
       facts.device == "cpu" || (facts.device == "cuda" && torch::cuda::is_available());
   expect(known, "package", "one for a device of this machine", facts.device);
+  if (facts.device == "cuda") {
+    const std::string has = cuda::capability();
+    expect(has == facts.capability, "package", "one for compute capability " + has,
+           facts.capability);
+  }
   const std::vector<std::string> processors = {"DEFAULT", "AVX2", "AVX512"};  // rising
   const auto needs = std::find(processors.begin(), processors.end(), facts.processor);
   if (facts.device == "cpu" && needs != processors.end()) {
@@ -116,8 +117,17 @@ std::pair<int64_t, int64_t> bounds(const at::Tensor& x) {
 
 }  // namespace
 
+std::string written(at::IntArrayRef numbers) {
+  std::ostringstream out;
+  out << numbers;
+  return out.str();
+}
+
+// What guards threads does not go into a CUDA graph.
 struct Package::Code {
-  explicit Code(const std::string& path) : prefill(path, "prefill"), decode(path, "decode") {}
+  explicit Code(const std::string& path)
+      : prefill(path, "prefill", /*run_single_threaded=*/true),
+        decode(path, "decode", /*run_single_threaded=*/true) {}
   AOTIModelPackageLoader prefill, decode;
 };
 
@@ -160,6 +170,11 @@ std::vector<at::Tensor> Package::decode(const at::Tensor& token,
   expect(fits, "token", "shape [B, 1], B at least 1", written(token.sizes()));
   check_ids("token", token);
   check_states(states, token.size(0), 1);
+  return decode_unchecked(token, states);
+}
+
+std::vector<at::Tensor> Package::decode_unchecked(const at::Tensor& token,
+                                                  const std::vector<at::Tensor>& states) {
   std::vector<at::Tensor> inputs = {token};
   inputs.insert(inputs.end(), states.begin(), states.end());
   return whole(code_->decode.boxed_run(std::move(inputs)));

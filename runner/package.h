@@ -22,8 +22,10 @@ struct Facts {
   std::optional<int64_t> context;
   int64_t vocabulary = 0;
   std::vector<int64_t> end;
-  std::string device, torch, processor;
+  std::string device, torch, processor, capability;
 };
+
+std::string written(at::IntArrayRef numbers);  // "[2, 1]"
 
 class Package {
  public:
@@ -38,14 +40,20 @@ class Package {
   std::vector<at::Tensor> prefill(const at::Tensor& ids, const std::vector<at::Tensor>& states);
   // As prefill for token [B, 1], faster.
   std::vector<at::Tensor> decode(const at::Tensor& token, const std::vector<at::Tensor>& states);
+  // The same for what was checked: wrong input gives wrong numbers.
+  std::vector<at::Tensor> decode_unchecked(const at::Tensor& token,
+                                           const std::vector<at::Tensor>& states);
 
   const Facts& facts() const { return facts_; }
   at::Device device() const { return at::Device(facts_.device); }
 
- private:
-  void check_ids(const char* name, const at::Tensor& ids) const;
+  // Throw Refused for states of another batch or without room for as many tokens, and for another
+  // dtype, device or order of elements.
   void check_states(const std::vector<at::Tensor>& states, int64_t batch, int64_t time) const;
   void check_layout(const std::string& name, const at::Tensor& x, at::ScalarType dtype) const;
+
+ private:
+  void check_ids(const char* name, const at::Tensor& ids) const;
 
   struct Code;
   Facts facts_;

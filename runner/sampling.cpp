@@ -16,7 +16,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
+#include "graph.h"
 #include "json.h"
 
 namespace flacompile {
@@ -63,11 +65,17 @@ void generate(Package& package, const std::vector<int64_t>& ids, int64_t tokens,
   auto prompt = at::empty({1, static_cast<int64_t>(ids.size())}, at::kLong);
   std::copy(ids.begin(), ids.end(), prompt.data_ptr<int64_t>());
   auto outputs = package.prefill(prompt.to(package.device()), package.begin(1));
+  std::optional<DecodeGraph> graph;
   for (int64_t i = 0; i < tokens; ++i) {
     const auto token = sample(outputs[0]);
-    if (!take(token.item<int64_t>())) return;
-    outputs.erase(outputs.begin());  // what is left are the states
-    if (i + 1 < tokens) outputs = package.decode(token, outputs);
+    if (!take(token.item<int64_t>()) || i + 1 == tokens) return;
+    if (!graph) outputs.erase(outputs.begin());  // what is left are the states
+    if (!package.device().is_cuda()) {
+      outputs = package.decode(token, outputs);
+    } else {
+      if (!graph) graph.emplace(package, std::move(outputs)).capture();
+      outputs = {(*graph)(token)};
+    }
   }
 }
 

@@ -110,8 +110,9 @@ def test_greedy_tokens_are_those_of_the_model(exported, loaded):
 
 
 @torch.inference_mode()
-def test_a_graph_holds_what_decode_does(loaded):
-    """What it launches, that is; the launch needs CUDA."""
+def test_a_graph_holds_what_decode_does(package, loaded, cpp):
+    """What it launches, that is, in both runners; the launch needs CUDA."""
+    assert run(cpp / "check", "graph", package).stdout.split() == ["equal"] * 3 + ["refused"]
     ids = torch.tensor([PROMPT, PROMPT[::-1]])
     logits, *states = loaded.prefill(ids)
     graph = DecodeGraph(loaded, [x.clone() for x in states])
