@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from flacompile import lm
 from flacompile.layers import Attention
 from flacompile.layers.base import RecurrentMixer
-from flacompile.lm.kinds import KINDS
+from flacompile.lm.kinds import KINDS, OWN
 
 PUBLISHED = json.loads(PATH.read_text())
 TAKEN = {"bitnet", "mamba", "mamba2"}  # names that transformers has itself
@@ -122,6 +122,21 @@ def test_logits_are_the_equations(entry, tmp_path):
     model, ids = lm.from_pretrained(tmp_path).double(), prompt(2, 9)
     with torch.no_grad():
         assert close(model(ids).logits, by_hand(copy.deepcopy(model), ids))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_types_of_layers_published_alone(name, tmp_path):
+    """Their equations, a text with a cache and without, and what a folder of theirs gives."""
+    config, _, model = lm.MODELS[name]
+    sizes = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4}
+    made, ids = model(config(**sizes, norm_eps=1e-5)).double(), prompt(2, 9)
+    for p in made.parameters():
+        torch.nn.init.normal_(p, p.mean().item(), 0.3)
+    made.save_pretrained(tmp_path)
+    with torch.no_grad():
+        got = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
+        assert close((got, got), (made(ids).logits, by_hand(copy.deepcopy(made), ids)))
+    assert generate(made, ids).equal(generate(made, ids, use_cache=False))
 
 
 def normed(w, name, x):

@@ -1,7 +1,7 @@
 """The published model types: what each calls its parts, and what its mixers take from a config.
 
 A new type is one entry of ``KINDS``. Defaults are those of the published configs, for fields that
-an older config.json does not have.
+an older config.json does not have. OWN are types of mixers that were published as layers alone.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ DELTA = {
     "allow_neg_eigval": False, "norm_eps": 1e-6,
 }  # fmt: skip
 SOFTMAX = {"num_heads": 32, "num_kv_heads": None, "window_size": None, "rope_theta": 10000.0}
+FEATURES = {"num_heads": 16, "num_kv_heads": None, "feature_dim": 16}
 SSM = {"state_size": 16, "conv_kernel": 4, "use_bias": False}
 SSM_TYPE = {"num_hidden_layers": 48, "norm_eps": 1e-5, "pad_token_id": 0}
 STEP = {"use_conv_bias": True, "hidden_act": "silu", "dt_min": 0.001, "dt_max": 0.1}
@@ -121,6 +122,7 @@ KINDS: dict[str, Kind] = {
         {"num_heads": 4, "num_slots": 64, "expand_k": 0.5, "expand_v": 1.0, "use_rope": True,
          "clamp_min": -32, "clamp_max": 32, **CONV, **NORM},
     ),
+    "based": Kind("Based", "based", FEATURES),
     "bitnet": Kind("BitNet", "bitattn", SOFTMAX),
     "delta_net": Kind(
         "DeltaNet", "gated_deltaproduct",
@@ -188,6 +190,10 @@ KINDS: dict[str, Kind] = {
         {"rope_parameters": None},  # in which transformers puts rope_scaling
         latent,
     ),
+    "rebased": Kind(
+        "ReBased", "rebased",
+        {"use_gamma": True, "use_beta": True, "normalize": True, **FEATURES},
+    ),
     "rwkv6": Kind(
         "RWKV6", "rwkv6",
         {"num_heads": 4, "expand_k": 0.5, "expand_v": 1.0, "proj_low_rank_dim": 32,
@@ -211,8 +217,16 @@ KINDS: dict[str, Kind] = {
         lambda config, layer: {"dt_rank": config.time_step_rank, **inner(config)},
         names=Names("backbone", "mixer_norm", "mixer", last="norm_f"),
     ),
+    "simple_gla": Kind(
+        "SimpleGLA", "simple_gla",
+        {"num_heads": 4, "num_kv_heads": None, "expand_k": 1.0, "expand_v": 1.0,
+         "feature_map": None, "use_output_gate": True, **CONV, "use_short_conv": True, **NORM},
+        more=lambda config, layer: {"gate_fn": config.hidden_act},
+    ),
     "transformer": Kind("Transformer", "attn", SOFTMAX | {"qkv_bias": False, "qk_norm": False}),
 }  # fmt: skip
+
+OWN = ("based", "rebased", "simple_gla")
 
 
 def mixer(config: Any, layer: int) -> Mixer:
