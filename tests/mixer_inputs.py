@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flacompile.blocks import Rotary
@@ -24,3 +25,15 @@ def close(got, want) -> bool:
     pairs = [(a.double(), b.double()) for a, b in pairs]
     bound = 1e-10 if exact else 1e-5
     return all(a.shape == b.shape and (a - b).norm() <= bound * (1 + b.norm()) for a, b in pairs)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.numel = max(self.numel, *sizes) if sizes else self.numel
+        return out

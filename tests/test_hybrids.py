@@ -9,11 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mixer_inputs import close, draw
+from mixer_inputs import Largest, close, draw
 from models import MODELS, llama
 from test_convert import distance, ids_of, left_padded, logits
 from test_hf import argmax_loop, generate, state_size
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import flacompile
@@ -128,18 +127,6 @@ def test_distillation_trains_the_share(tmp_path):
         shares.append([layer.mixer.share.detach().clone() for layer in swapped(model).values()])
     for before, after in itertools.pairwise(shares):
         assert all((a != b).all() for a, b in zip(after, before, strict=True))
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.numel = max(self.numel, *sizes) if sizes else self.numel
-        return out
 
 
 @pytest.mark.parametrize("packed", [False, True])

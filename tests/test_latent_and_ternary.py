@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mixer_inputs import HALVES, WIDTH, close, draw
+from mixer_inputs import HALVES, WIDTH, Largest, close, draw
 from test_mixer_conversion import attention_weights, attention_weights_mha, convert, site
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
@@ -88,6 +88,15 @@ def test_the_state_is_the_latent():
         assert [tuple(x.shape) for x in state.cached] == [(2, kept, 12), (2, kept, 8)]
         state = mixer.step(draw(2, 1)[:, 0], state)[1]
         assert state.valid.shape == (2, window or 10)
+
+
+def test_a_step_is_absorbed():
+    """It makes no keys and values of the heads: nothing is larger than what is kept."""
+    mixer = latent(num_heads=16)
+    state = mixer(draw(1, 500, torch.float32))[1]
+    with torch.no_grad(), Largest() as largest:
+        mixer.step(draw(1, 1, torch.float32)[:, 0], state)
+    assert largest.numel == 501 * (DIMS["kv_lora_rank"] + DIMS["qk_rope_head_dim"])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ time in the same way: with G the gradient of the state after a chunk,
     G_before = e^{b_C} G + scale (e^b Q)^T dO - (beta e^b K)^T dR
 
 Grid of a walk: one program a (sequence, segment, head, block of BV columns), with its block of the
-state in registers. Few sequences and heads do not fill a GPU: there a sequence is cut into segments,
+state in registers. Few sequences and heads do not fill a GPU: there a sequence is cut in segments,
 whose ends are linear in their starts, end = M start + N. A first walk finds N and, from the columns
 of the identity, M; ``_join_kernel`` goes from start to start; then all segments are walked at once.
 """

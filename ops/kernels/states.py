@@ -196,9 +196,7 @@ def states(
     segments = num_segments(N * H * blocks // LIGHT, T)
     length = triton.cdiv(chunks.each, segments)
 
-    def run(
-        state: Tensor | None, found: Tensor | None, ends: Tensor | None, *totals: Tensor | None
-    ):
+    def run(start: Any, found: Any, ends: Any, *totals: Any) -> None:
         launch(
             _states_kernel, (N * segments * H * blocks,), x, y, *decays, start, cu_seqlens,
             chunks.offsets, found, ends, final, *totals, scale, T, H, chunks.each, length,
