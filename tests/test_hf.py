@@ -248,6 +248,19 @@ def test_decoding_compiles_once(converted, name, mixer, keep, static, padded):
     assert counts[-1] == counts[2] <= 2
 
 
+def test_padded_rows_of_any_length_compile_once(converted):
+    """A forward with a loss, softmax kept in one layer."""
+    model, counter = converted("llama", "gla", (0,)), CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for time in (12, 19, 33):
+        mask = (torch.arange(time) >= torch.tensor([[0], [5]])).long()
+        ids = prompt(2, time)
+        options = {"attention_mask": mask, "use_cache": False, "labels": ids}
+        torch.testing.assert_close(compiled(ids, **options).loss, model(ids, **options).loss)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_cache_of_a_hybrid_grows_by_its_softmax_layers(converted, static):
     model, sizes = converted("llama", "gla", (0,)), []

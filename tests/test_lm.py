@@ -199,6 +199,7 @@ def test_greedy_and_beams_with_a_cache_are_those_without(models, name):
     beams = {"num_beams": 3, "num_return_sequences": 2}
     want = generate(model, ids, use_cache=False, **beams)
     assert generate(model, ids, **beams).equal(want)
+    assert generate(model, ids, cache_implementation="static", **beams).equal(want)
 
 
 @over_types
@@ -265,9 +266,9 @@ def test_one_graph_for_any_length(models, name):
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
         for time in (5, 9, 14):
-            ids = prompt(2, time)
-            got = compiled(ids, use_cache=False).logits
-            assert close(got, model(ids, use_cache=False).logits)
+            ids, mask = prompt(2, time), (torch.arange(time) >= torch.tensor([[0], [3]])).long()
+            options = {"attention_mask": mask, "use_cache": False}
+            assert close(compiled(ids, **options).logits, model(ids, **options).logits)
     assert counter.frame_count == 1
 
 
