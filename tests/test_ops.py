@@ -153,6 +153,18 @@ def test_linear_in_time(name, variant):
     assert all(x.isfinite().all() for x in found)
 
 
+@pytest.mark.parametrize("name", ["linear_attn", "delta_rule", "dplr", "selective_scan"])
+def test_no_state_a_token(name):
+    """Forward and backward hold nothing near as large as the states of all tokens would be."""
+    variant, time = list(OPS[name].variants)[-1], 512
+    args = OPS[name].tensors(variant, Draw(1, time, 0.1, 32, 32))
+    args = leaves(rounded(name, args, torch.float32))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        gradients(call(name, args), args)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest < time * args[-1].nbytes / 4
+
+
 class Recorder(TorchDispatchMode):
     """Calls of ops of ours, with what came out."""
 
