@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flacompile.ops.validate import bytes_of_ternary
+
 SCALE = "weight_scale"
 
 
@@ -61,7 +63,7 @@ def hold_places(model: Any, names: dict[str, str]) -> None:
     for name, kind in names.items():
         module: Any = model.base_model.get_submodule(name)
         if kind == "ternary":
-            size = (module.out_features, 4 * -(-module.in_features // 16))
+            size = (module.out_features, bytes_of_ternary(module.in_features))
             packed, scale = torch.empty(size, dtype=torch.uint8), torch.empty((), dtype=torch.float)
             module.weight = nn.Parameter(packed, requires_grad=False)
             module.register_parameter(SCALE, nn.Parameter(scale, requires_grad=False))

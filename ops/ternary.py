@@ -6,9 +6,9 @@ W [N, K] in {-1, 0, 1} and its scale s are given; X and r, one a token, are take
 of X W^T are those of integers, exact on every path. Rounding and order are those of torchao's
 BitNet training, so that in fp32 the values are its forward's bit for bit.
 
-Four weights a byte: K is padded to P, a multiple of 16, and byte i of a row holds the weights at
+Four weights a byte: K is padded to P, a multiple of 64, and byte i of a row holds the weights at
 i, i + P/4, i + P/2, i + 3P/4 as W + 1, the first in the lowest two bits. So one shift and one mask
-turn four bytes, taken as a word, into four neighbouring weights.
+turn four bytes, taken as a word, into four neighbouring weights, and rows begin at 16 bytes.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flacompile.ops.define import define
-from flacompile.ops.validate import check_ternary_linear, expect
+from flacompile.ops.validate import bytes_of_ternary, check_ternary_linear, expect
 
 SMALLEST = 1e-5  # of a scale that is divided by
 BLOCK = 2**19  # unpacked bytes that stay in a CPU's cache
@@ -58,7 +58,8 @@ def ternary_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None
 def pack_ternary(codes: Tensor) -> Tensor:
     """Weights [N, K] of -1, 0 and 1, in any dtype, as bytes [N, P / 4]."""
     expect(codes.ndim == 2, "codes", "shape [N, K]", tuple(codes.shape))
-    codes = F.pad(codes.to(torch.int8), (0, -codes.shape[1] % 16)) + 1
+    K = codes.shape[1]
+    codes = F.pad(codes.to(torch.int8), (0, 4 * bytes_of_ternary(K) - K)) + 1
     fields = codes.to(torch.uint8).unflatten(1, (4, -1)).unbind(1)
     return sum((field << 2 * j for j, field in enumerate(fields)), torch.zeros_like(fields[0]))
 

@@ -181,12 +181,17 @@ def check_delta_rule(
     check_like("beta", beta, tuple(q.shape[:3]), "q", q)
 
 
+def bytes_of_ternary(K: int) -> int:
+    """P / 4, the bytes of a packed row of K weights: whole groups of 16."""
+    return 16 * -(-K // 64)
+
+
 def check_ternary_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> None:
     """Everything ``ternary_linear`` can know without reading a value."""
     expect(x.ndim > 0, "x", "shape [..., K]", tuple(x.shape))
     expect(x.is_floating_point(), "x", "a floating dtype", x.dtype)
     expect(x.device.type in ("cpu", "cuda"), "x", "a CPU or CUDA tensor", x.device)
-    quarter = 4 * -(-x.shape[-1] // 16)
+    quarter = bytes_of_ternary(x.shape[-1])
     fits = packed.ndim == 2 and packed.shape[1] == quarter and packed.is_contiguous()
     expect(fits, "packed", f"contiguous, shape [N, {quarter}]", tuple(packed.shape))
     expect(packed.dtype == torch.uint8, "packed", "uint8", packed.dtype)

@@ -141,21 +141,18 @@ def dplr_variant(decay, dtype, K, V, writes, reverse):
 
 
 def ternary_variants():
-    """The three kernels, of rows long and short."""
-    for dtype, P in product(DTYPES, (2048, 32)):
+    """The kernel for a few rows by their length, those for many by their number."""
+    for dtype in ("bf16", "fp32"):
         types = dict.fromkeys(("x", "y"), f"*{dtype}") | dict.fromkeys(("scale", "r"), "*fp32")
-        types |= dict.fromkeys(("M", "N", "K", "P", "P_WORDS", "BYTES_A_ROW"), "i32")
-        types |= {"codes": "*i8", "sums": "*i32"}
-        gemv = {"DP4A": True} | ternary.gemv_tiles(P)
-        kinds = {
-            "gemv": ("*i32", gemv),
-            "round": ("", ternary.ROUND),
-            "gemm": ("*u8", ternary.GEMM),
-        }
-        for kind, (packed, constants) in kinds.items():
-            name = f"ternary {kind}, {dtype}, {P}"
-            kernel = getattr(ternary, f"_{kind}_kernel")
-            yield Variant(name, kernel, types | {"packed": packed}, constants)
+        types |= dict.fromkeys(("M", "N", "K", "G"), "i32") | {"codes": "*i8", "sums": "*i32"}
+        few, many = types | {"packed": "*i32"}, types | {"packed": "*u8"}
+        for P in (32, 2048, 8192, ternary.LONGEST):
+            constants = {"ASM": True} | ternary.gemv_tiles(P)
+            yield Variant(f"ternary gemv, {dtype}, {P}", ternary._gemv_kernel, few, constants)
+        for M, N in ((16, 2048), (32, 2048), (512, 2048), (512, 4096), (512, 8192)):
+            constants, name = {"ASM": True} | ternary.gemm_tiles(M, N), f"{dtype}, {M}x{N}"
+            yield Variant(f"ternary gemm, {name}", ternary._gemm_kernel, many, constants)
+        yield Variant(f"ternary round, {dtype}", ternary._round_kernel, types, ternary.ROUND)
 
 
 VARIANTS = (

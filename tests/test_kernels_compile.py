@@ -37,6 +37,7 @@ def test_every_variant_compiles_and_fits(tmp_path):
     assert {row["arch"] for row in found} == {80, 90}
     for row in found:
         assert row["shared"] <= SHARED, row
+        assert row["stack"] == 0 or not row["name"].startswith("ternary"), row
         # On tensor cores the larger tile is faster though it spills; the others named are slow and
         # known to be.
         wide = row["name"].startswith("dplr") and row["name"].endswith(("128x128", "256x256"))

@@ -60,6 +60,15 @@ def test_kernels_are_exact(shape, dtype, device, poisoned_empty):
     assert torch.equal(got, exact(x, codes, scale))
 
 
+@pytest.mark.parametrize("rows", [3, 9])
+def test_kernels_keep_nan_to_its_row(rows, device):
+    x, packed, scale, codes = draw(rows, 8, 100, torch.float16, device)
+    want = exact(x, codes, scale)
+    x[1, 70] = float("nan")
+    got = torch.ops.flacompile.ternary_linear_forward_cuda(x, packed, scale)
+    assert got[1].isnan().all() and torch.equal(got[2:], want[2:]) and torch.equal(got[0], want[0])
+
+
 def test_packing():
     """Four weights a byte, zeros in the padding."""
     codes = draw(1, 6, 50)[-1]
@@ -118,13 +127,13 @@ def test_export_keeps_one_node_and_opens_it(rows):
         assert torch.equal(got, exact(x, codes, scale))
 
 
-def test_compiled_equals_eager():
+def test_compiled_equals_eager(device):
     """Of few rows and of many, in one graph."""
 
     def both(x, packed, scale):
         return ternary_linear(x[0], packed, scale), ternary_linear(x, packed, scale)
 
-    x, packed, scale, codes = draw(6, 8, 40)
+    x, packed, scale, codes = draw(12, 8, 40, device=device)
     one, many = torch.compile(both, fullgraph=True)(x, packed, scale)
     want = exact(x, codes, scale)
     assert torch.equal(many, want) and torch.equal(one, want[0])

@@ -1,79 +1,121 @@
 """Times of a square linear layer: two-bit weights beside torchao's int8 and int4, bf16 and fp32.
 
-    python tests/bench/ternary.py [--hidden 2048 ...] [--batch 1 ...] [--device cpu] [--threads 2]
+    python tests/bench/ternary.py [--device cuda] [--hidden 2048 ...] [--batch 1 ...] [--json FILE]
 
-One row a device, hidden size, number of rows and kind, all compiled but bf16, fp32 and the eager
-one: the best of many runs in microseconds, the bits of a weight with its scales, and how many times
-faster than bf16 and fp32. floor, on a GPU: the bytes of the weight, x and y at the speed of a copy
-measured in the same run; a CPU has the smaller weights in its caches. A kind whose values are wrong
-is not timed: ours must equal sums of integers bit for bit, the others must be near the product in
-float64. On a GPU x is bf16, on a CPU fp32.
+First ours is checked at every shape: it must equal sums of integers bit for bit, twice, in outputs
+that were NaN before. Of the others, whose values must be near the product in float64, a kind that
+is not is named and not timed.
+
+One row a hidden size, number of rows and kind. Calls go round so many copies of the weight that
+none is in a cache, as when a model decodes. On a GPU the first time is of the fastest round as a
+CUDA graph, where kernels are timed and not their launches, over its calls; torchao's are compiled
+for it, which fuses their rounding, ours are the same kernels either way. On a CPU it is the fastest
+call, compiled, ours too. The second time is uncompiled, each call through Python.
+
+floor is the time for the bytes of the weight, x and y at the speed of a copy measured in the same
+run; a launch is what an empty kernel takes in a graph, which no bytes account for. The last columns
+are the time over the floor, over floor and launch together, and how many times faster it is than
+bf16 and fp32. On a GPU x is bf16, on a CPU fp32. ``--tuned`` lets torchao set Inductor to tune,
+which takes minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import deterministic
 from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
-from torchao.quantization import Int4WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig
+from torchao.quantization import (
+    Int4WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+)
 
 from flacompile import Ternary, quantize_
 from flacompile.ops.ternary import round_rows, round_weight
 
-HIDDEN, BATCH = (2048, 4096, 8192), (1, 512)
-CONFIGS = {
-    "ternary": Ternary(),
-    "torchao int8": Int8DynamicActivationInt8WeightConfig(),
-    "torchao int4": Int4WeightOnlyConfig(group_size=128),
-}
-INT4_ON_CPU = PrototypeInt4WeightOnlyConfig(group_size=128, set_inductor_config=False)
-BOUNDS = {"torchao int8": 0.05, "torchao int4": 0.2, "bf16": 0.02, "fp32": 1e-4}
+HIDDEN, BATCH = (2048, 4096, 8192), {"cuda": (1, 8, 64, 512), "cpu": (1, 512)}
+CACHES = {"cuda": 2**27, "cpu": 2**28}  # bytes, more than any cache holds
+BOUNDS = {"int8 dynamic": 0.05, "int8 weights": 0.05, "int4 weights": 0.2, "bf16": 0.02,
+          "fp32": 1e-4}  # fmt: skip
+HEAD = ("device", "hidden", "batch", "kind", "µs", "eager µs", "floor", "bits", "floors",
+        "with launch", "against bf16", "against fp32")  # fmt: skip
 
 
-def best(call: Callable[[], Any], device: str, seconds: float) -> float:
-    """Microseconds of the fastest of as many runs as fit, each waited for."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    fastest, end = float("inf"), time.perf_counter() + seconds
+def configs(device: str, tuned: bool) -> dict[str, Any]:
+    """Kind -> config, or the dtype of plain weights; what others are compared with comes first."""
+    int4 = Int4WeightOnlyConfig if device == "cuda" else PrototypeInt4WeightOnlyConfig
+    layout = {"int4_packing_format": "tile_packed_to_4d"} if device == "cuda" else {}
+    return {
+        "bf16": torch.bfloat16,
+        **({"fp32": torch.float32} if device == "cpu" else {}),
+        "ternary": Ternary(),
+        "int8 dynamic": Int8DynamicActivationInt8WeightConfig(set_inductor_config=tuned),
+        "int8 weights": Int8WeightOnlyConfig(set_inductor_config=tuned),
+        "int4 weights": int4(group_size=128, set_inductor_config=tuned, **layout),
+    }
+
+
+def fastest(call: Callable[[], Any], device: str, seconds: float) -> float:
+    """Microseconds of the fastest of as many calls as fit, each waited for."""
+    found, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
+        begin = time.perf_counter()
         if device == "cuda":
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
             stop.record()
-            wait()
-            fastest = min(fastest, start.elapsed_time(stop) * 1e3)
+            torch.cuda.synchronize()
+            found = min(found, start.elapsed_time(stop) * 1e3)
         else:
-            begin = time.perf_counter()
             call()
-            fastest = min(fastest, (time.perf_counter() - begin) * 1e6)
-    return fastest
+            found = min(found, (time.perf_counter() - begin) * 1e6)
+    return found
 
 
-def replayed(call: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """On a GPU a CUDA graph of the call, so that kernels are timed and not their launches."""
-    call()
-    if device == "cpu":
-        return call
+def graph(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A CUDA graph of the call."""
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
         call()
-    return graph.replay
+    return recorded.replay
 
 
-def copy_speed() -> float:
-    """Bytes a microsecond on the GPU, read and written."""
-    source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+@functools.cache
+def copy_speed(device: str) -> float:
+    """Bytes a microsecond, read and written."""
+    if device == "cpu":
+        return float("inf")  # the smaller weights are in its caches
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / best(lambda: target.copy_(source), "cuda", 1.0)
+    return 2 * source.nbytes / fastest(lambda: target.copy_(source), device, 0.5)
+
+
+@functools.cache
+def launch(device: str) -> float:
+    """Microseconds from one kernel that does nothing to the next, in a graph."""
+    if device == "cpu":
+        return 0.0
+    one = torch.zeros(1, device=device)
+
+    def round() -> None:
+        for _ in range(100):
+            one.add_(1)
+
+    return fastest(graph(round), device, 0.2) / 100
 
 
 def stored(weight: Tensor) -> int:
@@ -84,96 +126,136 @@ def stored(weight: Tensor) -> int:
     return sum(stored(getattr(weight, name)) for name in names)
 
 
-def wrong(kind: str, y: Tensor, x: Tensor, weight: Tensor) -> str | None:
-    """What is wrong with the values of a kind, or None."""
-    if kind.startswith("ternary"):
-        codes, scale = round_weight(weight)
-        X, r = round_rows(x)
-        want = ((X.double() @ codes.double().T).float() * scale * r).to(x.dtype)
-        return None if torch.equal(y, want) else f"{(y - want).abs().max()} off"
-    want = x.double() @ weight.double().T
-    error = ((y.double() - want).norm() / want.norm()).item()
-    return None if error < BOUNDS[kind] else f"relative error {error:.2g}"
-
-
-def kinds(layer: nn.Linear, device: str) -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
-    """Kind -> what makes the layer and the function to time."""
-
-    def quantised(config: Any, compiled: bool) -> tuple[nn.Module, Any]:
-        low = quantize_(deepcopy(layer), config)
-        return low, torch.compile(low, fullgraph=True, dynamic=False) if compiled else low
-
-    makers: dict[str, Any] = {
-        kind: lambda config=config: quantised(config, True) for kind, config in CONFIGS.items()
-    }
-    if device == "cpu":
-        makers["torchao int4"] = lambda: quantised(INT4_ON_CPU, True)
-    makers["ternary, eager"] = lambda: quantised(Ternary(), False)
-    makers["bf16"] = lambda: (low := deepcopy(layer).bfloat16(), lambda x: low(x.bfloat16()))
-    makers["fp32"] = lambda: (wide := deepcopy(layer).float(), lambda x: wide(x.float()))
-    return makers
-
-
-@torch.no_grad()
-def measure(device: str, hidden: int, batch: int, seconds: float) -> list[dict[str, Any]]:
-    """The rows of one shape."""
+def drawn(device: str, hidden: int, batch: int) -> tuple[nn.Linear, Tensor]:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     layer = nn.Linear(hidden, hidden, bias=False, device=device, dtype=dtype)
-    x, found = torch.randn(batch, hidden, device=device).to(dtype), []
-    speed = copy_speed() if device == "cuda" else float("inf")
-    for kind, make in kinds(layer, device).items():
-        torch._dynamo.reset()
-        row: dict[str, Any] = {"device": device, "hidden": hidden, "batch": batch, "kind": kind}
-        try:
-            low, call = make()
-            y = call(x)
-        except Exception as error:  # of another library: say so in the table
-            found.append(row | {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
-            continue
-        if fault := wrong(kind, y, x, layer.weight):
-            found.append(row | {"error": f"not timed: {fault}"})
-            continue
-        size = stored(low.weight)  # type: ignore[arg-type]
-        row |= {"us": best(replayed(lambda call=call: call(x), device), device, seconds)}
-        row |= {"bits": 8 * size / layer.weight.numel(), "floor": (size + 2 * x.nbytes) / speed}
-        found.append(row)
-    return found
+    return layer, torch.randn(batch, hidden, device=device).to(dtype)
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    times = {row["kind"]: row["us"] for row in rows if "us" in row}
-    for row in rows:
-        start = "| {device} | {hidden} | {batch} | {kind} |".format(**row)
-        if "error" in row:
-            print(f"{start} {row['error'][:60]} |", flush=True)
-            continue
-        ratios = " | ".join(f"{times[k] / row['us']:.2f}x" for k in ("bf16", "fp32"))
-        print(f"{start} {row['us']:.0f} | {row['floor']:.1f} | {row['bits']:.3f} | {ratios} |",
-              flush=True)  # fmt: skip
+def check(device: str, hidden: int, batch: int) -> None:
+    """Raises where ours is not the sum of integers."""
+    layer, x = drawn(device, hidden, batch)
+    codes, scale = round_weight(layer.weight)
+    X, r = round_rows(x)
+    want = ((X.double() @ codes.double().T).float() * scale * r).to(x.dtype)
+    quantize_(layer, Ternary())
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True  # with NaN
+    first, second = layer(x), layer(x)
+    torch.use_deterministic_algorithms(False)
+    off = (first.float() - want.float()).abs()
+    if not (first.equal(want) and second.equal(want)):
+        raise ValueError(
+            f"hidden {hidden}, batch {batch}: expected the sums of integers, got "
+            f"{int((off != 0).sum())} other values, at most {off.max()} off"
+        )
 
 
+def weights_of(layer: nn.Linear, config: Any) -> Iterator[Tensor]:
+    """Copies of a kind's weight."""
+    low = deepcopy(layer)
+    if isinstance(config, torch.dtype):
+        low.to(config)
+    else:
+        quantize_(low, config)
+    while True:
+        yield deepcopy(low.weight).detach()
+
+
+def measure(
+    kind: str, config: Any, linear: Any, device: str, hidden: int, batch: int, seconds: float
+) -> dict[str, Any]:
+    """The times of one kind at one shape, or what is wrong with it."""
+    layer, x = drawn(device, hidden, batch)
+    try:
+        weights = weights_of(layer, config)
+        weight = next(weights)
+        low = x.to(weight.dtype)
+        y = linear(low, weight)
+        F.linear(low, weight)
+    except Exception as error:  # of another library: say so in the table
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    want = x.double() @ layer.weight.double().T
+    off = ((y.double() - want).norm() / want.norm()).item()
+    if off > BOUNDS.get(kind, float("inf")):
+        return {"error": f"not timed: relative error {off:.2g}"}
+    size = stored(weight)
+    copies = [weight, *itertools.islice(weights, CACHES[device] // size)]
+
+    def round(function: Any = F.linear) -> None:
+        for weight in copies:
+            function(low, weight)
+
+    if device == "cuda":
+        calls = graph(lambda: round(linear)), round
+        us, eager = (fastest(call, device, seconds) / len(copies) for call in calls)
+    else:
+        turn = itertools.cycle(copies)
+        us, eager = (
+            fastest(lambda function=function: function(low, next(turn)), device, seconds)
+            for function in (linear, F.linear)
+        )
+    floor = (size + 2 * low.nbytes) / copy_speed(device)
+    return {"us": us, "eager": eager, "floor": floor, "bits": 8 * size / hidden**2}
+
+
+def text(row: dict[str, Any], rows: list[dict[str, Any]], device: str) -> str:
+    """A line of the table; rows are those before it."""
+    start = "| {device} | {hidden} | {batch} | {kind} | ".format(**row)
+    if "error" in row:
+        return f"{start}{row['error'][:70]} |"
+    shape = ("hidden", "batch")
+    plain = {r["kind"]: r["us"] for r in rows if all(r[k] == row[k] for k in shape) and "us" in r}
+    cells = ["{us:.2f}", "{eager:.1f}", "{floor:.2f}", "{bits:.3f}"]
+    cells = [cell.format(**row) for cell in cells]
+    if device == "cuda":
+        near = row["floor"], row["floor"] + launch(device)
+        cells += [f"{row['us'] / time:.2f}" for time in near]
+    else:
+        cells += ["", ""]
+    cells += [f"{plain[k] / row['us']:.2f}x" if k in plain else "" for k in ("bf16", "fp32")]
+    return start + " | ".join(cells) + " |"
+
+
+@torch.no_grad()
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
-    options.add_argument("--batch", type=int, nargs="+", default=BATCH)
-    options.add_argument("--device", choices=["cpu", "cuda"], help="default: both that are there")
+    options.add_argument("--batch", type=int, nargs="+")
+    options.add_argument("--kinds", nargs="+", help="default: all")
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options.add_argument("--seconds", type=float, default=3.0, help="of runs for each row")
+    options.add_argument("--seconds", type=float, help="of rounds for each time")
+    options.add_argument("--tuned", action="store_true", help="torchao's own Inductor settings")
     options.add_argument("--json", type=Path, help="also write the rows here")
     options = options.parse_args()
     torch.set_num_threads(options.threads)
-    there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    found = []
-    print("| device | hidden | batch | kind | µs | floor | bits | against bf16 | against fp32 |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    for device in [options.device] if options.device else there:
-        for hidden in options.hidden:
-            for batch in options.batch:
-                found += (rows := measure(device, hidden, batch, options.seconds))
-                show(rows)
+    device, cuda = options.device, options.device == "cuda"
+    seconds = options.seconds or (0.05 if cuda else 2.0)
+    shapes = list(itertools.product(options.hidden, options.batch or BATCH[device]))
+    for shape in shapes:
+        check(device, *shape)
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {options.threads} threads"
+    print(f"{where}: {len(shapes)} shapes exact, twice; a launch {launch(device):.2f} µs; copies "
+          f"at {copy_speed(device) / 1e6:.2f} TB/s")  # fmt: skip
+    print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|", flush=True)
+    rows: list[dict[str, Any]] = []
+    for kind, config in configs(device, options.tuned).items():
+        torch._dynamo.reset()
+        plain = isinstance(config, torch.dtype) or (cuda and kind == "ternary")
+        linear = F.linear if plain else torch.compile(_linear, fullgraph=True, dynamic=cuda)
+        for hidden, batch in shapes if kind in (options.kinds or [kind]) else ():
+            row = {"device": device, "hidden": hidden, "batch": batch, "kind": kind}
+            row |= measure(kind, config, linear, device, hidden, batch, seconds)
+            print(text(row, rows, device), flush=True)
+            rows.append(row)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
 
 
 if __name__ == "__main__":
