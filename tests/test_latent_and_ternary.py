@@ -170,6 +170,18 @@ def test_rounding():
     assert close(layer.weight.grad, ((x / step).round() * step).sum((0, 1)).expand(3, -1))
 
 
+@pytest.mark.parametrize("eps", [1e-8, 1e-6])
+def test_values_of_a_published_layer(eps):
+    """The norm, then both roundings, of inputs so small that its eps is seen."""
+    layer, x = BitLinear(WIDTH, 7, norm_eps=eps).double(), 1e-3 * draw(2, 5)
+    torch.nn.init.normal_(layer.norm.weight, 1.0, 0.3)
+    w = layer.weight
+    h = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * layer.norm.weight
+    s = 127 / h.abs().amax(-1, keepdim=True)
+    rounded = (w / w.abs().mean()).round().clamp(-1, 1) * w.abs().mean()
+    assert close(layer(x), (h * s).round() / s @ rounded.T)
+
+
 def test_a_norm_follows_the_published_default():
     assert BitAttention.Config().norm_eps == 1e-8
     mixer = BitAttention(BitAttention.Config(hidden_size=8, num_heads=2, norm_eps=1e-6))

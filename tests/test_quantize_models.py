@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import flacompile
 from flacompile import BitNet, Ternary, quantize_
+from flacompile.distill import Recipe, Stage
 from flacompile.export.programs import Step, all_mixers
 from flacompile.layers import MIXERS
 from flacompile.passes.decompose import decompose
@@ -85,6 +86,23 @@ def test_an_exported_program_holds_the_bytes():
     assert not any("flacompile" in str(node.target) for node in program.graph.nodes)
     assert any(w.dtype == torch.uint8 for w in program.state_dict.values())
     assert (got - want).norm() < 0.02 * want.norm()
+
+
+def test_distillation_through_the_quantiser(tmp_path):
+    """Losses fall on the same tokens again, and what ships has the values that were trained."""
+    model, rates = convert("gla", quantize=BitNet()), {"mixer_lr": 1e-2, "rest_lr": 1e-3}
+    recipe = Recipe(
+        align=Stage(steps=8, **rates), logits=Stage(steps=8, **rates), sequence_length=16,
+        batch_size=2, eval_tokens=64,
+    )  # fmt: skip
+    flacompile.distill(model, IDS[0].repeat(40), recipe, out=tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for stage in ("align", "logits"):
+        losses = [row["loss"] for row in log if row["stage"] == stage]
+        assert losses[-1] < 0.9 * losses[0]
+    want = logits(model)
+    quantize_(model, Ternary(), mixer_projections(model))
+    assert logits(model).equal(want)
 
 
 def test_unconvert_gives_the_original_back():

@@ -17,6 +17,7 @@ from flacompile.ops.ternary import (
 )
 from flacompile.passes.decompose import decompose
 
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 7, 16), (3, 9, 30), (2, 5, 2051), (9, 64, 100), (70, 130, 132), (0, 4, 16))  # M N K
 
@@ -53,7 +54,10 @@ def decomposed_for_many(x, packed, scale):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, CUDA])],
+)  # fmt: skip
 def test_kernels_are_exact(shape, dtype, device, poisoned_empty):
     x, packed, scale, codes = draw(*shape, dtype, device)
     got = torch.ops.flacompile.ternary_linear_forward_cuda(x, packed, scale)
@@ -137,6 +141,26 @@ def test_compiled_equals_eager(device):
     one, many = torch.compile(both, fullgraph=True)(x, packed, scale)
     want = exact(x, codes, scale)
     assert torch.equal(many, want) and torch.equal(one, want[0])
+
+
+@pytest.mark.gpu
+@CUDA
+def test_package_on_a_gpu(tmp_path):
+    """The kernels are in it, and right for any number of rows."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x, packed, scale):
+            return ternary_linear(x, packed, scale)
+
+    shapes = ({0: torch.export.Dim("rows", min=2, max=4096)}, None, None)
+    args = draw(40, 200, 500, torch.bfloat16, "cuda")[:3]
+    program = torch.export.export(Model(), args, dynamic_shapes=shapes)
+    path = str(tmp_path / "model.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=path)
+    package = torch._inductor.aoti_load_package(path)
+    for rows in (2, 40, 300):
+        x, packed, scale, codes = draw(rows, 200, 500, torch.bfloat16, "cuda")
+        assert torch.equal(package(x, packed, scale), exact(x, codes, scale))
 
 
 @pytest.mark.parametrize(

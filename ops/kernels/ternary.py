@@ -106,11 +106,12 @@ def _gemv_kernel(
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     i, c = tl.arange(0, WORDS), tl.arange(0, 4)
     x += m * K
-    # 1. all of W and x that it will need
+    # 1. all of W that it needs, then all of x
     inside = (n < N)[:, None] & (i < 4 * G)[None, :]
     offset = n.to(tl.int64)[:, None] * (4 * G) + i[None, :]
     words = tl.load(packed + offset, mask=inside, other=0)
     s = tl.load(scale)
+    tl.debug_barrier()  # or the compiler asks for W after x has come
     k = 4 * i[:, None] + c[None, :]
     fields = (
         _field(x, k, 0, K, 16 * G),

@@ -1,9 +1,10 @@
 """A decoded token by a package, beside the model in eager mode and one reading of its weights.
 
-    python tests/bench/package.py --layers 4 --dtype float32 --mixer simple_gla
+    python tests/bench/package.py --layers 4 --dtype float32 --mixer simple_gla [--quantize]
 
-The model has the shape of SmolLM2-135M and random weights. Only ``decode`` is compiled. Times are
-the smallest of many, wall and CPU, on one thread; the reading is a dot product of all weights.
+The model has the shape of SmolLM2-135M and random weights; quantised, they are ternary but in the
+embedding, which is the head's. Only ``decode`` is compiled. Times are the smallest of many, wall
+and CPU, on one thread; the reading is a dot product of all weights.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import torch
 from smollm2 import converted
+from ternary import parts_of
 from torch._inductor.package import load_package, package_aoti
 
+import flacompile
 from flacompile.export.programs import Step, all_mixers, trace
 
 
@@ -38,14 +41,17 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=4)
     options.add_argument("--dtype", default="float32")
     options.add_argument("--mixer", default="simple_gla")
+    options.add_argument("--quantize", action="store_true", help="ternary projections")
     options.add_argument("--freezing", action="store_true", help="let Inductor pack the weights")
     options.add_argument("--package", type=Path, help="keep it here, and use it if it is there")
     options.add_argument("--repeats", type=int, default=40)
     options = options.parse_args()
     torch.set_num_threads(1)
     model = converted(options.mixer, options.layers, options.dtype)
-    weights = torch.cat([p.flatten() for p in model.parameters()])
-    words = weights.view(torch.float32).nan_to_num()
+    if options.quantize:
+        flacompile.quantize_(model, flacompile.Ternary())
+    parts = [part.flatten() for p in model.parameters() for part in parts_of(p)]
+    words = torch.cat([part.view(torch.uint8) for part in parts]).view(torch.float32).nan_to_num()
     with all_mixers(model), tempfile.TemporaryDirectory() as folder:
         step, ids = Step(model, 2048), torch.ones(1, 1, dtype=torch.long)
         path = options.package or Path(folder) / "decode.pt2"
@@ -56,7 +62,10 @@ def main() -> None:
             files = torch._inductor.aot_compile(program.module(), args, kwargs, options=inductor)
             package_aoti(str(path), {"decode": files})
         calls = {"package": load_package(str(path), "decode"), "eager": step}
-        print(f"{options.layers} layers of {options.mixer}, {weights.nbytes / 1e6:.0f} MB")
+        sizes = [f"{size / 1e6:.0f} MB" for size in (words.nbytes, path.stat().st_size)]
+        print(
+            "{} layers of {}, weights {}, package {}".format(options.layers, options.mixer, *sizes)
+        )
         print("read", smallest(lambda: words.dot(words), options.repeats))
         for name, call in calls.items():
             states = step.begin(1)

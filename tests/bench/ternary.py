@@ -118,12 +118,12 @@ def launch(device: str) -> float:
     return fastest(graph(round), device, 0.2) / 100
 
 
-def stored(weight: Tensor) -> int:
-    """Bytes of a weight with its scales."""
+def parts_of(weight: Tensor) -> list[Tensor]:
+    """The plain tensors that a weight is stored as."""
     if not hasattr(weight, "__tensor_flatten__"):
-        return weight.nbytes
+        return [weight.detach()]
     names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
-    return sum(stored(getattr(weight, name)) for name in names)
+    return [part for name in names for part in parts_of(getattr(weight, name))]
 
 
 def drawn(device: str, hidden: int, batch: int) -> tuple[nn.Linear, Tensor]:
@@ -180,7 +180,7 @@ def measure(
     off = ((y.double() - want).norm() / want.norm()).item()
     if off > BOUNDS.get(kind, float("inf")):
         return {"error": f"not timed: relative error {off:.2g}"}
-    size = stored(weight)
+    size = sum(part.nbytes for part in parts_of(weight))
     copies = [weight, *itertools.islice(weights, CACHES[device] // size)]
 
     def round(function: Any = F.linear) -> None:
