@@ -1,6 +1,6 @@
 """Times of a square linear layer: two-bit weights beside torchao's int8 and int4, bf16 and fp32.
 
-    python tests/bench/ternary.py [--device cuda] [--hidden 2048 ...] [--batch 1 ...] [--json FILE]
+    python tests/bench/ternary.py [--device cpu] [--hidden 2048 ...] [--batch 1 ...] [--json FILE]
 
 First ours is checked at every shape: it must equal sums of integers bit for bit, twice, in outputs
 that were NaN before. Of the others, whose values must be near the product in float64, a kind that
@@ -12,11 +12,10 @@ CUDA graph, where kernels are timed and not their launches, over its calls; torc
 for it, which fuses their rounding, ours are the same kernels either way. On a CPU it is the fastest
 call, compiled, ours too. The second time is uncompiled, each call through Python.
 
-floor is the time for the bytes of the weight, x and y at the speed of a copy measured in the same
-run; a launch is what an empty kernel takes in a graph, which no bytes account for. The last columns
-are the time over the floor, over floor and launch together, and how many times faster it is than
-bf16 and fp32. On a GPU x is bf16, on a CPU fp32. ``--tuned`` lets torchao set Inductor to tune,
-which takes minutes.
+bits are those of a weight with its scales. floor is the time for the bytes of the weight, x and y
+at the speed of a copy measured in the same run; a launch is what an empty kernel takes in a graph,
+which no bytes account for. On a GPU x is bf16, on a CPU fp32. ``--tuned`` lets torchao set Inductor
+to tune, which takes minutes.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ HIDDEN, BATCH = (2048, 4096, 8192), {"cuda": (1, 8, 64, 512), "cpu": (1, 512)}
 CACHES = {"cuda": 2**27, "cpu": 2**28}  # bytes, more than any cache holds
 BOUNDS = {"int8 dynamic": 0.05, "int8 weights": 0.05, "int4 weights": 0.2, "bf16": 0.02,
           "fp32": 1e-4}  # fmt: skip
-HEAD = ("device", "hidden", "batch", "kind", "µs", "eager µs", "floor", "bits", "floors",
-        "with launch", "against bf16", "against fp32")  # fmt: skip
+HEAD = ("hidden", "batch", "kind", "µs", "eager µs", "bits", "against bf16")
+MORE = {"cuda": ("floor µs", "over floor", "over floor and launch"), "cpu": ("against fp32",)}
 
 
 def configs(device: str, tuned: bool) -> dict[str, Any]:
@@ -96,9 +95,7 @@ def graph(call: Callable[[], Any]) -> Callable[[], Any]:
 
 @functools.cache
 def copy_speed(device: str) -> float:
-    """Bytes a microsecond, read and written."""
-    if device == "cpu":
-        return float("inf")  # the smaller weights are in its caches
+    """Bytes a microsecond, read and written, on a GPU."""
     source = torch.empty(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / fastest(lambda: target.copy_(source), device, 0.5)
@@ -107,8 +104,6 @@ def copy_speed(device: str) -> float:
 @functools.cache
 def launch(device: str) -> float:
     """Microseconds from one kernel that does nothing to the next, in a graph."""
-    if device == "cpu":
-        return 0.0
     one = torch.zeros(1, device=device)
 
     def round() -> None:
@@ -196,25 +191,26 @@ def measure(
             fastest(lambda function=function: function(low, next(turn)), device, seconds)
             for function in (linear, F.linear)
         )
-    floor = (size + 2 * low.nbytes) / copy_speed(device)
-    return {"us": us, "eager": eager, "floor": floor, "bits": 8 * size / hidden**2}
+    row = {"us": us, "eager": eager, "bits": 8 * size / hidden**2}
+    if device == "cuda":
+        row |= {"floor": (size + low.nbytes + y.nbytes) / copy_speed(device)}
+    return row
 
 
 def text(row: dict[str, Any], rows: list[dict[str, Any]], device: str) -> str:
     """A line of the table; rows are those before it."""
-    start = "| {device} | {hidden} | {batch} | {kind} | ".format(**row)
+    start = "| {hidden} | {batch} | {kind} | ".format(**row)
     if "error" in row:
         return f"{start}{row['error'][:70]} |"
-    shape = ("hidden", "batch")
-    plain = {r["kind"]: r["us"] for r in rows if all(r[k] == row[k] for k in shape) and "us" in r}
-    cells = ["{us:.2f}", "{eager:.1f}", "{floor:.2f}", "{bits:.3f}"]
-    cells = [cell.format(**row) for cell in cells]
+    same = [r for r in [*rows, row] if (r["hidden"], r["batch"]) == (row["hidden"], row["batch"])]
+    times = {r["kind"]: r["us"] for r in same if "us" in r}
+    faster = {k: f"{times[k] / row['us']:.2f}x" if k in times else "" for k in ("bf16", "fp32")}
+    cells = [f"{row['us']:.2f}", f"{row['eager']:.1f}", f"{row['bits']:.3f}", faster["bf16"]]
     if device == "cuda":
-        near = row["floor"], row["floor"] + launch(device)
-        cells += [f"{row['us'] / time:.2f}" for time in near]
+        floors = row["floor"], row["floor"] + launch(device)
+        cells += [f"{row['floor']:.2f}", *(f"{row['us'] / floor:.2f}" for floor in floors)]
     else:
-        cells += ["", ""]
-    cells += [f"{plain[k] / row['us']:.2f}x" if k in plain else "" for k in ("bf16", "fp32")]
+        cells.append(faster["fp32"])
     return start + " | ".join(cells) + " |"
 
 
@@ -236,10 +232,14 @@ def main() -> None:
     shapes = list(itertools.product(options.hidden, options.batch or BATCH[device]))
     for shape in shapes:
         check(device, *shape)
-    where = torch.cuda.get_device_name() if cuda else f"CPU, {options.threads} threads"
-    print(f"{where}: {len(shapes)} shapes exact, twice; a launch {launch(device):.2f} µs; copies "
-          f"at {copy_speed(device) / 1e6:.2f} TB/s")  # fmt: skip
-    print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|", flush=True)
+    if cuda:
+        where = f"{torch.cuda.get_device_name()}, copies at {copy_speed(device) / 1e6:.2f} TB/s, "
+        where += f"a launch {launch(device):.2f} µs"
+    else:
+        where = f"CPU, threads: {options.threads}"
+    print(f"{where}; ours exact at {len(shapes)} shapes, twice\n")
+    head = (*HEAD, *MORE[device])
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", flush=True)
     rows: list[dict[str, Any]] = []
     for kind, config in configs(device, options.tuned).items():
         torch._dynamo.reset()
