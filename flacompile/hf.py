@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flacompile.passes.capture import text_config
 from flacompile.passes.sites import AttentionSite
 from flacompile.passes.swap_attention import (
     Call,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def is_transformers(model: nn.Module) -> bool:
     """Told by its config, so that transformers is not imported to ask."""
-    return hasattr(model, "config") and hasattr(model.config, "use_cache")
+    return hasattr(text_config(model), "use_cache")
 
 
 def attention_of(model: nn.Module) -> str | None:

@@ -73,9 +73,15 @@ def with_sdpa(model: nn.Module) -> Iterator[str | None]:
             model.set_attn_implementation(current)
 
 
+def text_config(model: nn.Module) -> Any:
+    """The config of what reads tokens in a transformers model, which may read images too."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def default_ids(model: nn.Module, batch: int, time: int) -> Tensor:
     """Token ids [batch, time] for a model that has config.vocab_size; the same at every call."""
-    vocab = getattr(getattr(model, "config", None), "vocab_size", None)
+    vocab = getattr(text_config(model), "vocab_size", None)
     if vocab is None:
         raise ValueError(
             "example_inputs must hold the inputs of one forward call where the model has no "
@@ -86,8 +92,10 @@ def default_ids(model: nn.Module, batch: int, time: int) -> Tensor:
 
 
 def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """kwargs plus use_cache=False where the model's forward knows it."""
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    """kwargs plus use_cache=False where the model's forward knows it, or passes it on."""
+    parameters = inspect.signature(model.forward).parameters
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "use_cache" in parameters or (passes_on and hasattr(text_config(model), "use_cache")):
         return {"use_cache": False, **kwargs}
     return dict(kwargs)
 

@@ -152,6 +152,23 @@ def _encoder_decoder(name: str, inputs: dict[str, Tensor], **options: Any) -> Ca
     return _hf(config, model, inputs, d_model=DIM, pad_token_id=0, **(shape | options))
 
 
+def _llava() -> Case:
+    """A Llama that reads four patches of an image among its tokens."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": DIM, "intermediate_size": DIM, "num_hidden_layers": LAYERS}
+    shape |= {"num_attention_heads": HEADS}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(image_size=8, patch_size=4, **shape),
+        text_config=transformers.LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, **shape),
+        image_token_index=VOCAB - 1,
+        vision_feature_layer=-1,
+    )
+    ids = _ids().clamp(1, VOCAB - 2)
+    ids[:, 3:7] = VOCAB - 1
+    inputs = {"pixel_values": torch.linspace(-1, 1, 384).view(2, 3, 8, 8).sin(), "input_ids": ids}
+    return Case(_sharpen(transformers.LlavaForConditionalGeneration(config)), (), inputs)
+
+
 def _dilated(time: int) -> Tensor:
     """Every second of the earlier tokens, and the token itself."""
     distance = torch.arange(time)[:, None] - torch.arange(time)
@@ -304,5 +321,10 @@ MIXED: dict[str, tuple[Callable[[], Case], str, dict[str, str]]] = {
         ),
         "model.decoder.layers.*.self_attn",
         {"model.encoder.*": "bidirectional", "model.decoder.*.encoder_attn": "cross-attention"},
+    ),
+    "llava": (
+        _llava,
+        "model.language_model.layers.*.self_attn",
+        {"model.vision_tower.*": "bidirectional"},
     ),
 }

@@ -53,14 +53,15 @@ def test_attention_for_attention_is_exact(name):
 
 @pytest.mark.parametrize("name", MIXED)
 def test_part_of_a_model(name):
-    """A decoder's self-attention with a cache beside that of its cross-attention."""
+    """A decoder's self-attention with a cache, beside that of its cross-attention, or images."""
     build, _, left = MIXED[name]
-    (model, _, kwargs), options = build(), {"max_new_tokens": 6, "do_sample": False}
-    want = logits(model, **kwargs)
-    tokens = model.generate(kwargs["input_ids"], **options)
+    model, _, kwargs = build()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **kwargs}
+    options["attention_mask"] = torch.ones_like(kwargs["input_ids"])
+    want, tokens = logits(model, **kwargs), model.generate(**options)
     flacompile.convert(model, "attn", init="neutral", example_inputs=kwargs)
     assert distance(logits(model, **kwargs), want) < 1e-5
-    assert model.generate(kwargs["input_ids"], **options).equal(tokens)
+    assert model.generate(**options).equal(tokens)
     assert len(report(model).rejected) == LAYERS * len(left)
 
 
