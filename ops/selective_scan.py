@@ -132,12 +132,12 @@ def decomposed(
     g, x = dt[..., None] * A, _outer(dt * wide[0], wide[1])
     h, final = scan_chunks(g.flatten(2), x.flatten(2), state.flatten(1))
     y = _read(h.unflatten(2, A.shape), wide[2])
-    starts = _new_starts(u, state, cu_seqlens, span)
+    starts = state.new_zeros(_starts_shape(u, state, cu_seqlens, span))
     return y.to(u.dtype), final.reshape(state.shape).contiguous(), starts
 
 
 def _spans(time: int, cu_seqlens: Tensor | None, span: int) -> list[tuple[slice, int, slice]]:
-    """(rows of the state, slot, tokens) of every span; for the slots see ``_new_starts``."""
+    """(rows of the state, slot, tokens) of every span; for the slots see ``_starts_shape``."""
     found = []
     for n, tokens in sequences(time, cu_seqlens):
         slot = 0 if cu_seqlens is None else tokens.start // span + n.start
@@ -146,14 +146,16 @@ def _spans(time: int, cu_seqlens: Tensor | None, span: int) -> list[tuple[slice,
     return found
 
 
-def _new_starts(u: Tensor, state: Tensor, cu_seqlens: Tensor | None, span: int) -> Tensor:
-    """Room for the states before each span, [B, slots, D, N]; what no span has stays zero.
+def _starts_shape(
+    u: Tensor, state: Tensor, cu_seqlens: Tensor | None, span: int
+) -> tuple[int, ...]:
+    """The states before each span, [B, slots, D, N]; what no span has is zero.
 
     The slots of packed sequence n begin at cu_seqlens[n] // span + n, which needs no count of the
     spans before it. There is one more than that takes: a trace would specialise on a single slot.
     """
     in_a_row = 1 if cu_seqlens is None else state.shape[0]
-    return state.new_zeros(u.shape[0], u.shape[1] // span + in_a_row + 1, *state.shape[1:])
+    return u.shape[0], u.shape[1] // span + in_a_row + 1, *state.shape[1:]
 
 
 @torch.autocast("cpu", enabled=False)  # sums are fp32, whatever the caller's context
@@ -165,7 +167,8 @@ def selective_scan_forward(
     for name, log_decay in (("dt", -dt), ("A", A)):
         if log_decay.numel() and log_decay.max() > 0:
             raise ValueError(f"{name}: expected dt >= 0 and A <= 0, got one of the other sign")
-    y, h, starts = u.new_empty(u.shape), state.clone(), _new_starts(u, state, cu_seqlens, span)
+    y, h = u.new_empty(u.shape), state.clone()
+    starts = state.new_zeros(_starts_shape(u, state, cu_seqlens, span))
     for n, slot, tokens in _spans(u.shape[1], cu_seqlens, span):
         starts[:, slot] = h[n]
         u_n, dt_n, B_n, C_n = (z[:, tokens].to(state.dtype) for z in (u, dt, B, C))
@@ -188,7 +191,7 @@ def _forward_cuda(
 ) -> Triple:  # fmt: skip
     from flacompile.ops.kernels import selective_scan as kernels
 
-    starts = _new_starts(u, state, cu_seqlens, span)
+    starts = state.new_empty(_starts_shape(u, state, cu_seqlens, span))
     y, final = kernels.selective_scan_forward(u, dt, A, B, C, state, cu_seqlens, starts, span)
     return y, final, starts
 
@@ -200,7 +203,7 @@ def _forward_fake(
     return (
         u.new_empty(u.shape),
         state.new_empty(state.shape),
-        _new_starts(u, state, cu_seqlens, span),
+        state.new_empty(_starts_shape(u, state, cu_seqlens, span)),
     )
 
 

@@ -31,13 +31,17 @@ ARCHITECTURES = (80, 90)
 
 
 class Variant(NamedTuple):
-    """A kernel with the types and constants of one launch; its other arguments are None."""
+    """A kernel with the types and constants of one launch; its other arguments are None.
+
+    even are integers that 16 divides; pointers are aligned always.
+    """
 
     name: str
     kernel: Any
     types: dict[str, str]
     constants: dict[str, Any]
     architectures: tuple[int, ...] = ARCHITECTURES
+    even: tuple[str, ...] = ()
 
 
 def linear_attn_variants():
@@ -67,7 +71,7 @@ def linear_attn_variant(decay, dtype, K, V, reverse):
 
 
 def conv_variants():
-    """Each kernel at few and many taps, the latter packed."""
+    """Each kernel at few and many taps, the latter packed and of odd channels."""
     names = ("x", "weight", "bias", "state", "y", "final", "dy", "dfinal", "dx", "dstate")
     for dtype, (W, packed) in product(DTYPES, ((4, False), (8, True))):
         constants = dict.fromkeys(("forward", "backward"), conv.tiles(W))
@@ -76,38 +80,48 @@ def conv_variants():
         types |= dict.fromkeys(("T", "N", "C", "RUNS"), "i32")
         types |= {"cu_seqlens": "*i64"} if packed else {}
         for kernel in constants:
-            name = f"conv {kernel}, {dtype}, {W} taps"
-            yield Variant(name, getattr(conv, f"_{kernel}_kernel"), types, constants[kernel])
+            name, even = f"conv {kernel}, {dtype}, {W} taps", () if packed else ("C",)
+            function = getattr(conv, f"_{kernel}_kernel")
+            yield Variant(name, function, types, constants[kernel], even=even)
 
 
 def scan_variants():
-    """Both kernels: packed or not, and both passes over segments."""
+    """Both kernels: of a whole sequence, and packed both passes over segments; odd channels."""
     sizes, saved = ("T", "D", "SEGMENT", "SEGMENTS"), ("x", "h", "dh", "dx")
-    for dtype, packed in product(DTYPES, (False, True)):
-        types = dict.fromkeys(saved, f"*{dtype}") | dict.fromkeys(sizes, "i32")
-        types |= dict.fromkeys(("g", "state", "final", "dfinal", "dg", "dstate"), "*fp32")
-        ends = dict.fromkeys(("decays", "ends"), "*fp32")
-        first = {n: t for n, t in (types | ends).items() if n not in ("h", "dx", "dg")}
-        packs = {"cu_seqlens": "*i64"} if packed else {}
-        for kernel in ("forward", "backward"):
-            for form, given in (("whole", types), ("first pass", first), ("cut", types | ends)):
-                name = f"scan {kernel}, {form}{', packed' if packed else ''}, {dtype}"
-                tile = scan.tiles(2048, TORCH[dtype], getattr(scan, kernel.upper()))
-                yield Variant(name, getattr(scan, f"_{kernel}_kernel"), given | packs, tile)
+    for dtype, kernel in product(DTYPES, ("forward", "backward")):
+        whole = dict.fromkeys(saved, f"*{dtype}") | dict.fromkeys(sizes, "i32")
+        whole |= dict.fromkeys(("g", "state", "final", "dfinal", "dg", "dstate"), "*fp32")
+        cut = whole | dict.fromkeys(("decays", "ends"), "*fp32") | {"cu_seqlens": "*i64"}
+        first = {n: t for n, t in cut.items() if n not in ("h", "dx")}
+        forms = {"whole": whole, "first pass": first, "cut": cut, "odd": cut}
+        for form, types in forms.items():
+            D, even = (2047, ()) if form == "odd" else (2048, ("D",))
+            tile = scan.tiles(D, TORCH[dtype], getattr(scan, kernel.upper()))
+            name, function = f"scan {kernel}, {form}, {dtype}", getattr(scan, f"_{kernel}_kernel")
+            yield Variant(name, function, types, tile, even=even)
 
 
 def selective_scan_variants():
-    """Both kernels at small and large states, the latter packed."""
-    outputs = ("final", "starts", "dfinal", "ddt", "dA", "dB", "dC", "dstate")
+    """Both kernels at small states, with their first passes, and packed at large ones, D odd."""
+    sizes = ("T", "D", "G", "SEQUENCES", "NUM_TOKENS", "SLOTS", "SEGMENT", "SEGMENTS")
+    kept = ("final", "starts", "dfinal", "ddt", "dA", "sums", "dstate", "totals", "ends")
     for dtype, (N, packed) in product(DTYPES, ((16, False), (24, True), (128, True))):
-        types = dict.fromkeys(("u", "B", "C", "y", "dy", "du"), f"*{dtype}")
-        types |= dict.fromkeys(("dt", "A", "state", *outputs), "*fp32")
-        types |= dict.fromkeys(("T", "D", "G", "SLOTS", "NUM_TOKENS"), "i32")
+        types = dict.fromkeys(("u", "B", "C", "y", "dy", "du", "dB", "dC"), f"*{dtype}")
+        types |= dict.fromkeys(("dt", "A", "state", *kept), "*fp32")
+        types |= dict.fromkeys(("SIZE", "BLOCKS", *sizes), "i32")
         types |= {"cu_seqlens": "*i64"} if packed else {}
-        constants = {"N": N, "SPAN": SPAN, **selective_scan.tiles(1536, N)}
-        for kernel in ("forward", "backward"):
-            name = f"selective_scan {kernel}, {dtype}, {N} states"
-            yield Variant(name, getattr(selective_scan, f"_{kernel}_kernel"), types, constants)
+        forms = {"cut": types}
+        if N == 16:
+            forms["first pass"] = {n: t for n, t in types.items() if n not in ("y", "du")}
+            kernel = selective_scan._sums_kernel
+            yield Variant(f"selective_scan sums, {dtype}", kernel, types, selective_scan.SUMS)
+        for kernel, form in product(("forward", "backward"), forms):
+            tile = selective_scan.tiles(1536, N, getattr(selective_scan, kernel.upper()))
+            name = f"selective_scan {kernel}, {form}, {dtype}, {N} states"
+            constants = {"N": N, "SPAN": SPAN, **tile}
+            function = getattr(selective_scan, f"_{kernel}_kernel")
+            even = () if packed else ("D",)
+            yield Variant(name, function, forms[form], constants, even=even)
 
 
 def dplr_variants():
@@ -172,7 +186,8 @@ def source(variant):
     given = {n: t for n, t in variant.types.items() if n in names}
     constants = {n: constants.get(n) for n in names if n not in given}
     types = {n: given.get(n, "constexpr") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t[0] == "*"}
+    even = [i for i, (n, t) in enumerate(types.items()) if t[0] == "*" or n in variant.even]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in even}
     return ASTSource(variant.kernel, types, constants, aligned), options
 
 

@@ -9,7 +9,7 @@ from op_cases import OPS, Draw, error, gradients, leaves, loop, rounded, tokens
 from flacompile.ops.kernels import linear_attn as linear_attn_kernels
 from flacompile.ops.kernels import scan as scan_kernels
 from flacompile.ops.kernels import selective_scan as selective_kernels
-from flacompile.ops.selective_scan import SPAN, _new_starts
+from flacompile.ops.selective_scan import SPAN, _starts_shape
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -36,7 +36,7 @@ def run(name, args, cu_seqlens=None):
         inputs, saved = [inputs[0], state], [outputs[0]]
         backward, options = scan_kernels.scan_backward, ()
     else:
-        starts = _new_starts(inputs[0], state, cu_seqlens, SPAN)
+        starts = state.new_empty(_starts_shape(inputs[0], state, cu_seqlens, SPAN))
         outputs = selective_kernels.selective_scan_forward(*inputs, state, cu_seqlens, starts, SPAN)
         backward, saved, options = selective_kernels.selective_scan_backward, [starts], (SPAN,)
     given = leaves(outputs)
@@ -73,17 +73,23 @@ def test_packed_is_separate(name, variant, index, device):
     check(name, args, got, BOUNDS)
 
 
+@over_ops
 @pytest.mark.parametrize("bounds", [None, BOUNDS])
-def test_segments(bounds, device, monkeypatch):
-    """Of 24 tokens; those of a pack end inside one, and some have none."""
-    args = draw("scan", "plain", 70, device, batch=1, sequences=bounds and len(bounds) - 1)
+def test_segments(name, variant, bounds, device, monkeypatch):
+    """Of 24 or 32 tokens; those of a pack end inside one, and some sequences have none in one."""
+    args = draw(name, variant, 70, device, batch=1, sequences=bounds and len(bounds) - 1)
     for tile in ("FORWARD", "BACKWARD"):
-        sizes = {**getattr(scan_kernels, tile), "ROWS": 8, "STRIPS": 2}
+        sizes = {**getattr(scan_kernels, tile), "ROWS": 16, "STRIPS": 2}
         monkeypatch.setattr(scan_kernels, tile, sizes)
     monkeypatch.setattr(linear_attn_kernels, "SHORTEST", 20)
-    tile = scan_kernels.tiles(4, torch.float32, sizes)
-    assert scan_kernels._cut(4, 70, 4, tile, device)[1] == (24, 3)
-    check("scan", args, run("scan", args, bounds and torch.tensor(bounds, device=device)), bounds)
+    if name == "scan":
+        tile = scan_kernels.tiles(4, torch.float32, sizes)
+        sizes = scan_kernels._cut(4, 70, 4, tile, device)[1]
+    else:
+        tile = selective_kernels.tiles(2, 4, selective_kernels.FORWARD)
+        sizes = selective_kernels._cut(args[1], args[2], 2, 4, SPAN, tile)[1]
+    assert sizes == ((24, 3) if name == "scan" else (32, 3))
+    check(name, args, run(name, args, bounds and torch.tensor(bounds, device=device)), bounds)
 
 
 @over_ops

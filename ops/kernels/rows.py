@@ -20,6 +20,14 @@ def _bounds(n, cu_seqlens, T):
 
 
 @triton.jit
+def _segment(n, segment, T, SEGMENT, cu_seqlens):
+    """Bounds of sequence n, then of one of its segments of SEGMENT tokens."""
+    start, end = _bounds(n, cu_seqlens, T)
+    begin = tl.minimum(start + segment.to(tl.int64) * SEGMENT, end)
+    return start, end, begin, tl.minimum(begin + SEGMENT, end)
+
+
+@triton.jit
 def _sequence_of(t, cu_seqlens, N):
     """The last of N sequences that starts at or before each token t."""
     step = N * 0 + 1

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import num_segments
-from flacompile.ops.kernels.rows import _bounds, _store, _tile
+from flacompile.ops.kernels.rows import _segment, _store, _tile
 
 # A thread has eight channels, 16 bytes of bf16, of one strip; 64 of all channels are 128 in a row.
 FORWARD = {"ROWS": 8, "STRIPS": 16, "COLUMNS": 64, "num_warps": 4}
@@ -44,15 +44,13 @@ def _follow_and_before(a, x, b, y, a_next, x_next, b_next, y_next):
 
 
 @triton.jit
-def _owned(T, D, SEGMENT, SEGMENTS, cu_seqlens, COLUMNS: tl.constexpr):
-    """Sequence, segment and channels of this program; bounds of the sequence and the segment."""
+def _owned(D, SEGMENTS, COLUMNS: tl.constexpr):
+    """Sequence, segment and channels of this program."""
     blocks = tl.cdiv(D, COLUMNS)
     n = (tl.program_id(0) // (blocks * SEGMENTS)).to(tl.int64)
     segment = tl.program_id(0) // blocks % SEGMENTS
-    start, end = _bounds(n, cu_seqlens, T)
-    begin = tl.minimum(start + segment.to(tl.int64) * SEGMENT, end)
     d = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    return n, segment, d, start, end, begin, tl.minimum(begin + SEGMENT, end)
+    return n, segment, d
 
 
 @triton.jit
@@ -90,7 +88,8 @@ def _forward_kernel(
 ):  # fmt: skip
     """h, or without it the decay of each segment but the last and what it adds."""
     # 1. What this program owns, and the h that it starts from.
-    n, segment, d, _, _, begin, stop = _owned(T, D, SEGMENT, SEGMENTS, cu_seqlens, COLUMNS)
+    n, segment, d = _owned(D, SEGMENTS, COLUMNS)
+    _, _, begin, stop = _segment(n, segment, T, SEGMENT, cu_seqlens)
     carry, total = tl.zeros([COLUMNS], tl.float32), tl.full([COLUMNS], 1.0, tl.float32)
     if h is None:
         if segment == SEGMENTS - 1:
@@ -127,7 +126,8 @@ def _backward_kernel(
     carry is the gradient of h that comes from the token after a block.
     """
     # 1. What this program owns, and the gradient that it starts from.
-    n, segment, d, start, end, begin, stop = _owned(T, D, SEGMENT, SEGMENTS, cu_seqlens, COLUMNS)
+    n, segment, d = _owned(D, SEGMENTS, COLUMNS)
+    start, end, begin, stop = _segment(n, segment, T, SEGMENT, cu_seqlens)
     carry, total = tl.zeros([COLUMNS], tl.float32), tl.full([COLUMNS], 1.0, tl.float32)
     if dx is None:
         if segment == 0:
@@ -169,9 +169,14 @@ def _backward_kernel(
 
 
 def tiles(D: int, dtype: torch.dtype, tile: dict[str, int]) -> dict[str, int]:
-    """Block sizes and warps: no wider than D, and for fp32, which takes more registers, shorter."""
-    ROWS = tile["ROWS"] // 2 if dtype == torch.float32 else tile["ROWS"]
-    return tile | {"ROWS": ROWS, "COLUMNS": min(tile["COLUMNS"], triton.next_power_of_2(int(D)))}
+    """Block sizes and warps, no wider than D.
+
+    Strips are shorter where they take more registers: in fp32, and where rows of memory are not
+    aligned, so that a thread loads number by number.
+    """
+    D = int(D)  # a compiler's symbol would be no block size
+    ROWS = tile["ROWS"] // (4 if D % 16 else 2 if dtype == torch.float32 else 1)
+    return tile | {"ROWS": ROWS, "COLUMNS": min(tile["COLUMNS"], triton.next_power_of_2(D))}
 
 
 def _cut(
