@@ -8,6 +8,7 @@ import pytest
 import torch
 from model_table import BROKEN, PAGE, results_row
 from models import LAYERS, MIXED, MODELS, REJECTED, VOCAB, llama
+from transformers import AutoModelForImageTextToText
 
 import flacompile
 from flacompile.convert import report
@@ -63,6 +64,15 @@ def test_part_of_a_model(name):
     assert distance(logits(model, **kwargs), want) < 1e-5
     assert model.generate(**options).equal(tokens)
     assert len(report(model).rejected) == LAYERS * len(left)
+
+
+def test_a_model_of_images_is_saved(tmp_path):
+    build, *_ = MIXED["llava"]
+    model, _, inputs = build()
+    flacompile.convert(model, "gla", init="neutral", example_inputs=inputs)
+    model.save_pretrained(tmp_path)
+    for load in (flacompile.load, AutoModelForImageTextToText.from_pretrained):
+        assert logits(load(tmp_path), **inputs).equal(logits(model, **inputs))
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "mixtral", "gptj"])
