@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from models import MODELS, VOCAB
+from models import MODELS, VOCAB, llama
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM
@@ -74,18 +74,35 @@ def test_all_of_a_model(tmp_path):
     assert torch.equal(weight.scale, loaded.get_parameter(names[0]).scale)
 
 
-def test_an_exported_program_holds_the_bytes():
-    """Plain tensors and aten operations alone, with the model's values."""
-    model = flacompile.finalize(convert("linear_attn", quantize=Ternary()))
-    with torch.no_grad(), all_mixers(model):
+@torch.no_grad()
+def decode_step() -> tuple[torch.export.ExportedProgram, tuple, torch.Tensor]:
+    """A ternary model's decode as it is exported, its inputs and the model's logits."""
+    model = llama(num_hidden_layers=1)().model
+    flacompile.convert(model, "linear_attn", init="neutral", quantize=Ternary())
+    with all_mixers(flacompile.finalize(model)):
         step, token = Step(model, None), IDS[:, :1].contiguous()
         args = (token, step.begin(len(token)))
         program = decompose(torch.export.export(step, args))
-        got = program.module()(*args)[0]
-        want = model(token).logits[:, -1]
+    return program, args, model(token).logits[:, -1]
+
+
+def test_an_exported_program_holds_the_bytes():
+    """Plain tensors and aten operations alone, with the model's values."""
+    program, args, want = decode_step()
+    got = program.module()(*args)[0]
     assert not any("flacompile" in str(node.target) for node in program.graph.nodes)
     assert any(w.dtype == torch.uint8 for w in program.state_dict.values())
     assert (got - want).norm() < 0.02 * want.norm()
+
+
+@pytest.mark.slow
+def test_a_package_holds_the_bytes(tmp_path):
+    """It runs without Python, and has the model's values."""
+    program, args, want = decode_step()
+    path = str(tmp_path / "decode.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=path)
+    package = torch._inductor.aoti_load_package(path)
+    assert (package(*args)[0] - want).norm() < 0.02 * want.norm()
 
 
 def test_distillation_through_the_quantiser(tmp_path):
