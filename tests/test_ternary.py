@@ -31,8 +31,8 @@ def draw(M, N, K, dtype=torch.float32, device="cpu"):
 
 
 def exact(x, codes, scale):
-    """y from sums that are those of integers whatever their order."""
-    X, r = round_rows(x)
+    """y from sums that are those of integers whatever their order; a GPU divides by multiplying."""
+    X, r = (part.to(x.device) for part in round_rows(x.cpu()))
     return ((X.double() @ codes.double().T).float() * scale * r).to(x.dtype)
 
 

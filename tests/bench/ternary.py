@@ -132,7 +132,7 @@ def check(device: str, hidden: int, batch: int) -> None:
     """Raises where ours is not the sum of integers."""
     layer, x = drawn(device, hidden, batch)
     codes, scale = round_weight(layer.weight)
-    X, r = round_rows(x)
+    X, r = (part.to(device) for part in round_rows(x.cpu()))  # a GPU divides by multiplying
     want = ((X.double() @ codes.double().T).float() * scale * r).to(x.dtype)
     quantize_(layer, Ternary())
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -227,6 +227,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, help="also write the rows here")
     options = options.parse_args()
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 64  # a graph for each hidden size, and more for few rows
     device, cuda = options.device, options.device == "cuda"
     seconds = options.seconds or (0.05 if cuda else 2.0)
     shapes = list(itertools.product(options.hidden, options.batch or BATCH[device]))
