@@ -257,13 +257,21 @@ _backward, _ = define(selective_scan_backward, _backward_cuda, _backward_fake)
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
     u, dt, A, B, C, _, cu_seqlens, ctx.span = inputs
+    ctx.set_materialize_grads(False)  # of the states before spans it would be as large as they are
     ctx.save_for_backward(u, dt, A, B, C, cu_seqlens, output[2])
 
 
 def _backward_of_op(
-    ctx: Any, dy: Tensor, dfinal: Tensor, dstarts: Tensor
+    ctx: Any, dy: Tensor | None, dfinal: Tensor | None, dstarts: None
 ) -> tuple[Tensor | None, ...]:
-    return *_backward(*ctx.saved_tensors, dy, dfinal, ctx.span), None, None
+    u, dt, A, B, C, cu_seqlens, starts = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(u)
+    if dfinal is None:
+        num_sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        dfinal = A.new_zeros(num_sequences, *A.shape)
+    inputs = (u, dt, A, B, C, cu_seqlens, starts, dy, dfinal)
+    return *_backward(*inputs, ctx.span), None, None
 
 
 def _flops(u: Any, dt: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from op_cases import error, gradients, leaves
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from flacompile.ops import scan, selective_scan, spec
@@ -77,6 +78,37 @@ def test_an_overflow_stays_in_its_sequence():
     h, final = scan(-torch.rand(1, 40, 3), x, cu_seqlens=bounds)
     assert not h[:, 7:20].isfinite().any()
     assert h[:, 20:].isfinite().all() and final[1].isfinite().all()
+
+
+class Zeros(TorchDispatchMode):
+    """Numbers of dimensions of the zeros that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if "zeros" in str(op):
+            self.made.append(out.ndim)
+        return out
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_gradient_of_one_output(output):
+    """As of both with the other times zero; of states before spans, of 4 dimensions, none is made."""
+    args = leaves([x.float() for x in draw(40)])
+
+    def loss(weights):
+        outputs = selective_scan(*args[:5], state=args[5])
+        return sum(w * x.sum() for w, x in zip(weights, outputs, strict=True) if w is not None)
+
+    one, both = loss([(1.0, None), (None, 1.0)][output]), loss([(1.0, 0.0), (0.0, 1.0)][output])
+    with Zeros() as zeros:
+        found = torch.autograd.grad(one, args, allow_unused=True, materialize_grads=True)
+    assert 4 not in zeros.made
+    want = torch.autograd.grad(both, args)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
 def test_flops():
