@@ -86,7 +86,7 @@ def conv_variants():
 
 
 def scan_variants():
-    """Both kernels: of a whole sequence, and packed both passes over segments; odd channels."""
+    """Both kernels packed in segments; in bf16 also whole, the first pass and of odd channels."""
     sizes, saved = ("T", "D", "SEGMENT", "SEGMENTS"), ("x", "h", "dh", "dx")
     for dtype, kernel in product(DTYPES, ("forward", "backward")):
         whole = dict.fromkeys(saved, f"*{dtype}") | dict.fromkeys(sizes, "i32")
@@ -94,7 +94,7 @@ def scan_variants():
         cut = whole | dict.fromkeys(("decays", "ends"), "*fp32") | {"cu_seqlens": "*i64"}
         first = {n: t for n, t in cut.items() if n not in ("h", "dx")}
         forms = {"whole": whole, "first pass": first, "cut": cut, "odd": cut}
-        for form, types in forms.items():
+        for form, types in forms.items() if dtype == "bf16" else [("cut", cut)]:
             D, even = (2047, ()) if form == "odd" else (2048, ("D",))
             tile = scan.tiles(D, TORCH[dtype], getattr(scan, kernel.upper()))
             name, function = f"scan {kernel}, {form}, {dtype}", getattr(scan, f"_{kernel}_kernel")
@@ -102,7 +102,7 @@ def scan_variants():
 
 
 def selective_scan_variants():
-    """Both kernels at small states, with their first passes, and packed at large ones, D odd."""
+    """Both kernels at small states, and packed at large ones of odd channels; in bf16 the rest."""
     sizes = ("T", "D", "G", "SEQUENCES", "NUM_TOKENS", "SLOTS", "SEGMENT", "SEGMENTS")
     kept = ("final", "starts", "dfinal", "ddt", "dA", "sums", "dstate", "totals", "ends")
     for dtype, (N, packed) in product(DTYPES, ((16, False), (24, True), (128, True))):
@@ -111,7 +111,7 @@ def selective_scan_variants():
         types |= dict.fromkeys(("SIZE", "BLOCKS", *sizes), "i32")
         types |= {"cu_seqlens": "*i64"} if packed else {}
         forms = {"cut": types}
-        if N == 16:
+        if N == 16 and dtype == "bf16":
             forms["first pass"] = {n: t for n, t in types.items() if n not in ("y", "du")}
             kernel = selective_scan._sums_kernel
             yield Variant(f"selective_scan sums, {dtype}", kernel, types, selective_scan.SUMS)

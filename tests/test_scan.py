@@ -96,7 +96,7 @@ class Zeros(TorchDispatchMode):
 
 @pytest.mark.parametrize("output", [0, 1])
 def test_gradient_of_one_output(output):
-    """As of both with the other times zero; of states before spans, of 4 dimensions, none is made."""
+    """As of both, the other times zero; none of 4 dimensions, as states before spans, is made."""
     args = leaves([x.float() for x in draw(40)])
 
     def loss(weights):
