@@ -61,7 +61,8 @@ def lower(program: ExportedProgram, partitioner: Sequence[Any] = ()) -> bytes:
 def load(path: Path) -> Callable[..., Sequence[Tensor]]:
     """A file as a function of ids and a tuple of states."""
     method = Runtime.get().load_program(path).load_method("forward")
-    return lambda ids, states: method.execute([ids, *states])
+    # States that are written in place come out a second time, before the logits.
+    return lambda ids, states: method.execute([ids, *states])[-1 - len(states) :]
 
 
 def export_pte(model: nn.Module, folder: Path, max_length: int | None = None) -> dict[str, float]:

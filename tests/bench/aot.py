@@ -21,6 +21,7 @@ import gc
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -67,10 +68,10 @@ def synchronize() -> None:
 
 
 def memory_in_use() -> float:
-    """MiB of the GPU, whoever has them; of a CPU nothing is known."""
+    """MiB of the GPU, whoever has them; without one, the most that this process ever had."""
     gc.collect()
     if DEVICE == "cpu":
-        return float("nan")
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     return (total - free) / 2**20
