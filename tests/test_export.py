@@ -116,6 +116,7 @@ def test_refusals(tmp_path):
         ),
         (converted(), path, {"max_length": 1}, "max_length: expected a number of tokens, at least"),
         (converted(), path, room | {"lengths": [100]}, "lengths: expected one below the 100 token"),
+        (converted(), path, {"decode_for": "2"}, "decode_for: expected 'one' or 'many', got '2'"),
         (converted(), tmp_path / "model.so", {}, "path: expected a name that ends in .pt2"),
     ]
     for model, where, options, message in cases:

@@ -3,15 +3,15 @@
 import pytest
 import torch
 from models import MODELS, llama
+from packages import converted, mixed
 
 import flacompile
-from flacompile import hf, lm
-from flacompile.convert import build
+from flacompile import lm
 from flacompile.export.gate import compare, references
-from flacompile.export.programs import SPAN, Step, all_mixers, capture
+from flacompile.export.programs import SPAN, Step, all_mixers, capture, trace
 from flacompile.layers import MIXERS
-from flacompile.passes.find_attention import find_attention
-from flacompile.passes.swap_attention import swap_attention, swapped
+from flacompile.passes.decompose import stream_weights
+from flacompile.passes.swap_attention import swapped
 
 LENGTHS = (1, 64, 65, SPAN + 1)
 ROOM = SPAN + 40
@@ -20,12 +20,10 @@ ROOM = SPAN + 40
 def of_all_mixers():
     """A Llama whose every layer is nothing but another mixer."""
     model = llama(num_hidden_layers=len(MIXERS), num_key_value_heads=4)().model.double()
-    for site, cls in zip(find_attention(model).sites, MIXERS.values(), strict=True):
-        mixer = build(cls, cls.config_for(site), model, site)
-        swap_attention(model, site, mixer, hf.convention_of(model, site))
+    mixed(model, MIXERS)
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    return flacompile.finalize(model).eval()
+    return model
 
 
 def published(name):
@@ -57,6 +55,24 @@ def test_every_mixer_in_one_program():
         program = capture(step, "prefill")
         both = {"prefill": program.module(check_guards=False), "decode": step}
         assert compare(both, step.begin, cases)["prefill"] < 1e-9
+
+
+@torch.no_grad()
+def test_one_pass_over_each_weight():
+    model = converted(keep=[])
+    with all_mixers(model.eval()):
+        step, program = Step(model, None), trace(model, names=["decode"])["decode"]
+        one = stream_weights(program)
+        assert count(program, "linear") > count(one, "linear") == count(one, "mm") == 0
+        for batch in (1, 3):
+            ids, states = torch.full((batch, 1), 5), step.begin(batch)
+            want = step(ids, states)
+            torch.testing.assert_close(one.module()(ids, states), want, rtol=1e-5, atol=1e-5)
+
+
+def count(program, name):
+    """How many nodes of a program are of that operation."""
+    return sum(name in str(node.target).split(".") for node in program.graph.nodes)
 
 
 @pytest.mark.parametrize("name", lm.KINDS)

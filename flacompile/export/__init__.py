@@ -23,6 +23,7 @@ from flacompile.export.gate import LENGTHS, Reference, compare, load_programs, r
 from flacompile.export.programs import Step, all_mixers, is_own, trace
 from flacompile.files import write_atomically
 from flacompile.ops.validate import expect
+from flacompile.passes.decompose import stream_weights
 
 STAGES = ("trace", "prefill", "decode", "gate")
 
@@ -34,6 +35,7 @@ def export(
     max_length: int | None = None,
     weights: Literal["inside", "beside"] = "inside",
     tokenizer: str | None = None,
+    decode_for: Literal["one", "many"] = "one",
     lengths: Sequence[int] = LENGTHS,
     progress: Callable[[str], object] = lambda stage: None,
 ) -> dict[str, Any]:
@@ -48,6 +50,9 @@ def export(
             to load; "beside" once for both, in a safetensors file of the package's name, to be
             given to each program.
         tokenizer: where a runner finds it, a folder or a name; default the model's own name.
+        decode_for: what ``decode``, which takes any number of sequences, is fast for on a CPU:
+            "one" reads the weights at the speed of memory, again for each sequence; "many"
+            multiplies matrices, and is the faster from about five sequences on.
         lengths: values of T at which the package is compared with the model; those beyond the
             room of a sequence are left out.
         progress: called with a word at the start of each of the STAGES.
@@ -64,10 +69,13 @@ def export(
     path = Path(path)
     expect(path.suffix == ".pt2", "path", "a name that ends in .pt2", path.name)
     expect(weights in ("inside", "beside"), "weights", "'inside' or 'beside'", repr(weights))
+    expect(decode_for in ("one", "many"), "decode_for", "'one' or 'many'", repr(decode_for))
     progress("trace")
     programs, step, facts, cases = prepare(model, max_length, tokenizer, lengths)
     beside = path.with_suffix(".safetensors") if weights == "beside" else None
     facts["weights"] = beside and beside.name
+    if decode_for == "one" and facts["device"] == "cpu":
+        programs["decode"] = stream_weights(programs["decode"])
     with torch.no_grad():
         options = {
             "aot_inductor.package": True,

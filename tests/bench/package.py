@@ -22,6 +22,7 @@ from torch._inductor.package import load_package, package_aoti
 
 import flacompile
 from flacompile.export.programs import Step, all_mixers, trace
+from flacompile.passes.decompose import stream_weights
 
 
 def smallest(call: Callable[[], object], repeats: int) -> str:
@@ -42,6 +43,7 @@ def main() -> None:
     options.add_argument("--dtype", default="float32")
     options.add_argument("--mixer", default="simple_gla")
     options.add_argument("--quantize", action="store_true", help="ternary projections")
+    options.add_argument("--decode-for", choices=["one", "many"], default="one")
     options.add_argument("--freezing", action="store_true", help="let Inductor pack the weights")
     options.add_argument("--package", type=Path, help="keep it here, and use it if it is there")
     options.add_argument("--repeats", type=int, default=40)
@@ -57,6 +59,8 @@ def main() -> None:
         path = options.package or Path(folder) / "decode.pt2"
         if not path.exists():
             program = trace(model, 2048, ["decode"])["decode"]
+            if options.decode_for == "one":
+                program = stream_weights(program)
             args, kwargs = program.example_inputs
             inductor = {"aot_inductor.package": True, "freezing": options.freezing}
             files = torch._inductor.aot_compile(program.module(), args, kwargs, options=inductor)
