@@ -212,8 +212,7 @@ def _forward_cuda(
 ) -> Triple:  # fmt: skip
     from flacompile.ops.kernels import dplr as kernels
 
-    sweep = partial(kernels.dplr_sweep, dtype=q.dtype)
-    return forward(sweep, q, k, v, g, a, b, state, cu_seqlens, scale)
+    return kernels.dplr_forward(q, k, v, g, a, b, state, cu_seqlens, scale)
 
 
 def _forward_fake(
@@ -247,13 +246,16 @@ def _backward_cuda(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor, state: Tensor,
     cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> Seven:  # fmt: skip
-    inputs = (q, k, v, g, a, b, state, cu_seqlens, scale, u, final, do, dfinal)
-    from flacompile.ops.kernels import decay_gradient as decay
-    from flacompile.ops.kernels import dplr as kernels
+    from flacompile.ops.kernels import dplr_backward as kernels
 
-    sweep = partial(kernels.dplr_sweep, dtype=q.dtype)
-    read = partial(kernels.dplr_reads, dtype=q.dtype)
-    return gradients(sweep, read, decay.decay_gradient, *inputs)
+    dq, dk, dv, dg, da, db, dstate = kernels.dplr_backward(
+        q, k, v, g, a, b, state, cu_seqlens, scale, u, do, dfinal
+    )
+    if g is None:
+        dg = dstate.new_empty(0)
+    elif g.ndim == 3:
+        dg = dg.sum(-1)
+    return dq, dk, dv, dg, da, db, dstate
 
 
 def _backward_fake(

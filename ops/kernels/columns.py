@@ -20,13 +20,28 @@ def _between(hi, lo, i):
 
 
 @triton.jit
+def _passes_over(total, index, kk, K: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr):
+    """Whether a chunk is not of the kind a launch is for.
+
+    A chunk is strong where some channel decays too fast to be factored. Column by column takes
+    registers that the other chunks need, so that a kernel is launched for either kind.
+    """
+    passes = False
+    if total is not None:
+        lowest = tl.min(tl.load(total + index * K + kk, mask=kk < K, other=0.0), 0)
+        passes = (lowest <= -LIMIT) != STRONG
+    return passes
+
+
+@triton.jit
 def _columns(
     q_c, k_c, A, k, gk, at, first, length, i, kk, H,
-    K: tl.constexpr, C: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """What stands inside a chunk with any decay, column by column: P, and dq and dk from A.
 
-    From the last column j to the first, reach is the decay of the rows after j up to each row.
+    From the last column j to the first, reach is the decay of the rows after j up to each row; with
+    EARLY up to the row before, and a row does not meet itself.
     """
     q_c, k_c = q_c.to(tl.float32), k_c.to(tl.float32)
     P = tl.zeros([C, C], tl.float32)
@@ -35,12 +50,13 @@ def _columns(
         j = C - 1 - step
         inside = first + j < length
         k_j = _load_row(k, at + j * H, inside, kk, K)[None, :]
-        q_in = tl.where((i >= j)[:, None], q_c * tl.exp(reach), 0.0)
+        meets = ((i > j) if EARLY else (i >= j))[:, None]
+        q_in = tl.where(meets, q_c * tl.exp(reach), 0.0)
         P = tl.where(i[None, :] == j, tl.sum(q_in * k_j, 1)[:, None], P)
         if A is not None:
             A_j = tl.sum(tl.where(i[None, :] == j, A, 0.0), 1)[:, None]
-            dq += tl.where((i >= j)[:, None], A_j * tl.exp(reach) * k_j, 0.0)
+            dq += tl.where(meets, A_j * tl.exp(reach) * k_j, 0.0)
             dk = tl.where((i == j)[:, None], tl.sum(A_j * q_in, 0)[None, :], dk)
         g_j = tl.maximum(_load_row(gk, at + j * H, inside, kk, K), -128.0)
-        reach += tl.where((i >= j)[:, None], g_j[None, :], 0.0)
+        reach += tl.where(meets, g_j[None, :], 0.0)
     return P, dq, dk

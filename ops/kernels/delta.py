@@ -14,10 +14,7 @@ time in the same way: with G the gradient of the state after a chunk,
     dR = X^T dU                                 the gradient of the right-hand side
     G_before = e^{b_C} G + scale (e^b Q)^T dO - (beta e^b K)^T dR
 
-Grid of a walk: one program a (sequence, segment, head, block of BV columns), with its block of the
-state in registers. Few sequences and heads do not fill a GPU: there a sequence is cut in segments,
-whose ends are linear in their starts, end = M start + N. A first walk finds N and, from the columns
-of the identity, M; ``_join_kernel`` goes from start to start; then all segments are walked at once.
+Walks, and how they are cut: see ``walk``.
 """
 
 from __future__ import annotations
@@ -30,10 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from flacompile.ops.kernels.columns import _between, _columns
-from flacompile.ops.kernels.dplr_inside import _inverse
+from flacompile.ops.kernels.inverse import _inverse
 from flacompile.ops.kernels.launch import launch
-from flacompile.ops.kernels.linear_attn import num_segments
-from flacompile.ops.kernels.states import Chunks, _chunks_of, _place, chunks_of
+from flacompile.ops.kernels.linear_attn import is_hopper
+from flacompile.ops.kernels.states import Chunks, _place, chunks_of
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
@@ -41,14 +38,12 @@ from flacompile.ops.kernels.tiles import (
     _decay_sums,
     _dot,
     _load,
-    _load_state,
     _sequence,
     _store_rows,
     _store_state,
     dot_of,
 )
-
-FEWEST = 4  # segments that pay for the walk that finds M
+from flacompile.ops.kernels.walk import _decay_of, _store_walk, _walked, walked
 
 
 @triton.jit
@@ -99,53 +94,6 @@ def _inside_kernel(
     beta_c = tl.load(beta + at + by, mask=inside, other=0.0).to(tl.float32)[:, None]
     A = tl.where(i[:, None] > i[None, :], -beta_c * L, 0.0)
     _store_rows(_inverse(A, i, C, PRECISION), X, at, by, inside, i, C)
-
-
-@triton.jit
-def _walked(
-    cu_seqlens, offsets, state, T, H, CHUNKS, SEGMENTS,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, MOVES: tl.constexpr,
-):  # fmt: skip
-    """What a program of a walk owns, and the state it starts from.
-
-    With MOVES the blocks after those of V start from the identity's columns.
-    """
-    NV: tl.constexpr = (V + BV - 1) // BV
-    BLOCKS: tl.constexpr = NV + (K + BV - 1) // BV if MOVES else NV
-    block, owner = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS).to(tl.int64)
-    h, segment, n = owner % H, (owner // H) % SEGMENTS, owner // H // SEGMENTS
-    start, length = _sequence(cu_seqlens, n, T)
-    base, count = _chunks_of(offsets, n, CHUNKS), (length + C - 1) // C
-    moves = block >= NV
-    kk, vv = tl.arange(0, BK), tl.where(moves, block - NV, block) * BV + tl.arange(0, BV)
-    S = tl.zeros([BK, BV], tl.float32)
-    if MOVES:
-        S += tl.where((kk[:, None] == vv[None, :]) & moves, 1.0, 0.0)
-    else:
-        S += _load_state(state, owner, kk, vv, K, V)
-    return owner, h, segment, n, start, length, base, count, moves, kk, vv, S
-
-
-@triton.jit
-def _decay_of(total, index, kk, K: tl.constexpr):
-    """Decay of a chunk, of each channel."""
-    return tl.exp(tl.load(total + index * K + kk, mask=kk < K, other=0.0))
-
-
-@triton.jit
-def _store_walk(
-    S, ends, moved, final, moves, owner, segment, SEGMENTS, n, H, h, kk, vv,
-    K: tl.constexpr, V: tl.constexpr,
-):  # fmt: skip
-    """The state after a segment: of a first walk to ends or moved, of the last one to final."""
-    if ends is not None:
-        if moves:
-            _store_state(S, moved, owner, kk, vv, K, K)
-        else:
-            _store_state(S, ends, owner, kk, vv, K, V)
-    elif segment == SEGMENTS - 1:
-        _store_state(S, final, n * H + h, kk, vv, K, V)
 
 
 @triton.jit
@@ -251,48 +199,14 @@ def _backward_kernel(
     _store_walk(S, ends, moved, final, moves, owner, segment, SEGMENTS, n, H, h, kk, vv, K, V)
 
 
-@triton.jit
-def _join_kernel(
-    ends, moved, state, starts, H, SEGMENTS,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """The state before each segment.
-
-    Grid: one program a (sequence, head, block of BV columns); rows and sums in blocks of BK.
-    """
-    NV: tl.constexpr = (V + BV - 1) // BV
-    owner, vv = (tl.program_id(0) // NV).to(tl.int64), (tl.program_id(0) % NV) * BV
-    n, h, vv = owner // H, owner % H, vv + tl.arange(0, BV)
-    for rows in range(0, K, BK):
-        kk = rows + tl.arange(0, BK)
-        S = _load_state(state, owner, kk, vv, K, V)
-        _store_state(S, starts, n * SEGMENTS * H + h, kk, vv, K, V)
-    for segment in range(SEGMENTS - 1):
-        tl.debug_barrier()  # all rows of the start are written
-        index = (n * SEGMENTS + segment) * H + h
-        for rows in range(0, K, BK):
-            kk = rows + tl.arange(0, BK)
-            S = _load_state(ends, index, kk, vv, K, V)
-            for columns in range(0, K, BK):
-                cc = columns + tl.arange(0, BK)
-                M = _load_state(moved, index, kk, cc, K, K)
-                before = _load_state(starts, index, cc, vv, K, V)
-                S += tl.dot(M, before, input_precision="ieee")
-            _store_state(S, starts, index + H, kk, vv, K, V)
-
-
-def tiles(K: int, V: int, dot: str) -> dict[str, int]:
-    """Block sizes and warps of the walks."""
+def tiles(K: int, V: int, dot: str, hopper: bool) -> dict[str, int]:
+    """Block sizes and warps of the walks: of an H100's times, elsewhere of registers."""
     BK, BV = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
-    if dot == "ieee":
-        widest, C = 16, 16
-    elif dot == "tf32" or BK > 128:
-        widest, C = 32 if BK > 64 else 64, 32
-    else:
+    widest, C = {"ieee": (16, 16), "tf32": (32, 32), "bf16": (32, 32)}[dot]
+    if dot == "bf16" and BK <= 128 and hopper:
         widest, C = 64, 64
     warps = 4 if (64 if dot == "ieee" else 128) >= BK else 8
-    stages = 2 if dot == "bf16" else 1
-    return {"BK": BK, "BV": min(BV, widest), "C": C, "num_warps": warps, "num_stages": stages}
+    return {"BK": BK, "BV": min(BV, widest), "C": C, "num_warps": warps, "num_stages": 1}
 
 
 class Inside(NamedTuple):
@@ -329,43 +243,10 @@ def inside(
         _inside_kernel, (chunks.total * H,), q, k, *decays, beta, cu_seqlens, chunks.sequences,
         chunks.places, X, P, *rows, total, scale, T, H, sequences, chunks.each, K=K,
         BK=max(16, triton.next_power_of_2(K)), C=chunks.size, LIMIT=LIMITS[dot], **DOTS[dot],
-        num_warps=4, num_stages=1,
+        num_warps=2 if total is None else 4, num_stages=1,
     )  # fmt: skip
     q_in, k_in, k_end = rows
     return Inside(X, P, q if q_in is None else q_in, k if k_in is None else k_in, k_end, total)
-
-
-def _walk(
-    kernel: Any, tensors: tuple[Any, ...], state: Tensor, cu_seqlens: Tensor | None, chunks: Chunks,
-    outputs: tuple[Tensor, Tensor], scale: float, shape: tuple[Any, Any], meta: dict[str, Any],
-) -> Tensor:  # fmt: skip
-    """One walk, in segments where there are few programs; gives the last state."""
-    N, H, K, V = state.shape
-    T, final = shape[1], torch.empty_like(state)
-    NV, NK = triton.cdiv(V, meta["BV"]), triton.cdiv(K, meta["BV"])
-    segments = num_segments(N * H * NV, T, FEWEST)
-    length = triton.cdiv(chunks.each, segments)
-
-    def run(blocks: int, start: Any, outputs: Any, ends: Any, moved: Any) -> None:
-        launch(
-            kernel, (N * segments * H * blocks,), *tensors, start, cu_seqlens, chunks.offsets,
-            *outputs, ends, moved, final, scale, T, H, chunks.each, length, segments,
-            K=K, V=V, **meta,
-        )  # fmt: skip
-
-    if isinstance(segments, int) and segments == 1:
-        run(NV, state, outputs, None, None)
-        return final
-    ends, starts = (state.new_empty(N, segments, H, K, V) for _ in range(2))
-    moved = state.new_empty(N, segments, H, K, K)
-    run(NV + NK, None, (None, None), ends, moved)
-    BK, BV = min(64, meta["BK"]), min(32, meta["BV"])
-    launch(
-        _join_kernel, (N * H * triton.cdiv(V, BV),), ends, moved, state, starts, H, segments,
-        K=K, V=V, BK=BK, BV=BV, num_warps=4,
-    )  # fmt: skip
-    run(NV, starts, outputs, None, None)
-    return final
 
 
 def delta_rule_forward(
@@ -392,11 +273,11 @@ def delta_rule_forward(
     K, V, dot = q.shape[3], v.shape[3], dot_of(q.dtype, k.dtype, v.dtype)
     q, k, v, beta, state = (x.contiguous() for x in (q, k, v, beta, state))
     decays = by_kind(g)
-    meta = tiles(K, V, dot)
+    meta = tiles(K, V, dot, is_hopper(q.device))
     chunks = chunks_of(cu_seqlens, state.shape[0], q.shape[1], meta["C"])
     x = inside(q, k, decays, beta, cu_seqlens, chunks, scale, state.shape[0], dot)
     u, o = torch.empty_like(v), torch.empty_like(v)
-    final = _walk(
+    final = walked(
         _forward_kernel, (x.q, x.k, x.k_end, v, decays[0], x.total, beta, x.X, x.P), state,
         cu_seqlens, chunks, (u, o), scale, q.shape[:2], meta | DOTS[dot],
     )  # fmt: skip
@@ -412,7 +293,7 @@ def delta_rule_walk_back(
     dr = torch.empty_like(do)
     kept = torch.bfloat16 if dot == "bf16" else torch.float32
     states = dfinal.new_empty(chunks.total, *dfinal.shape[1:], dtype=kept)
-    dstate = _walk(
+    dstate = walked(
         _backward_kernel, (x.q, x.k, x.k_end, decays[0], x.total, beta, x.X, x.P, do), dfinal,
         cu_seqlens, chunks, (dr, states), scale, q.shape[:2], meta | DOTS[dot],
     )  # fmt: skip

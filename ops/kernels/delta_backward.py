@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flacompile.ops.kernels.columns import _between, _columns
+from flacompile.ops.kernels.columns import _between, _columns, _passes_over
 from flacompile.ops.kernels.delta import by_kind, delta_rule_walk_back, tiles
 from flacompile.ops.kernels.launch import launch
+from flacompile.ops.kernels.linear_attn import is_hopper
 from flacompile.ops.kernels.states import _carried, _place, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
@@ -42,10 +43,10 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
 
 @triton.jit
 def _keys_kernel(
-    q, k, v, g, gk, beta, u, do, dr, S, G, cu_seqlens, sequences, places, dq, dk, dv, dg, dgk,
-    dbeta, scale, T, H, N, CHUNKS, ROWS,
+    q, k, v, g, gk, beta, u, do, dr, S, G, total, cu_seqlens, sequences, places, dq, dk, dv, dg,
+    dgk, dbeta, scale, T, H, N, CHUNKS, ROWS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dgk of a block of channels, shares of dbeta and dg; the first block also dv."""
     # 1. What this program owns.
@@ -60,6 +61,8 @@ def _keys_kernel(
     i, kk, vv = tl.arange(0, C), block * BK + tl.arange(0, BK), tl.arange(0, BV)
     at, by, inside = (start + first) * H + h, i * H, first + i < length
     state = chunk * H + h
+    if _passes_over(total, state, kk, K, LIMIT, STRONG):
+        return
     beta_c = tl.load(beta + at + by, mask=inside, other=0.0).to(tl.float32)
 
     # 2. From the states.
@@ -93,8 +96,8 @@ def _keys_kernel(
         carried *= tl.exp(hi_end + lo_end)
     if gk is not None:
         gk_c = _load(gk, at, by, inside, kk, K)
-        sums, total = _channel_sums(gk_c, False)
-        carried *= tl.exp(total)
+        sums, end = _channel_sums(gk_c, False)
+        carried *= tl.exp(end)
         dq_c *= tl.exp(sums)
         y_c *= tl.exp(sums)
         dk_c *= tl.exp(_channel_sums(gk_c, True)[0])
@@ -105,7 +108,7 @@ def _keys_kernel(
         dq_c += _dot(A, k_c, DOT, PRECISION)
         y_c += _dot(E, k_c, DOT, PRECISION)
         dk_c += _dot(tl.trans(A), q_c, DOT, PRECISION) + _dot(tl.trans(E_beta), k_c, DOT, PRECISION)
-    elif tl.min(total, 0) > -LIMIT:
+    elif not STRONG:
         into, out = tl.exp(sums), tl.exp(-sums)
         dq_c += into * _dot(A, k_c * out, DOT, PRECISION)
         y_c += into * _dot(E, k_c * out, DOT, PRECISION)
@@ -137,7 +140,7 @@ def _keys_kernel(
 def key_tiles(K: int, V: int) -> dict[str, int]:
     """Block sizes and warps."""
     BK, BV = (max(16, triton.next_power_of_2(n)) for n in (K, V))
-    return {"BK": min(BK, 64 if BV <= 128 else 32), "BV": BV, "num_warps": 8, "num_stages": 1}
+    return {"BK": min(BK, 64 if BV <= 128 else 32), "BV": BV, "num_warps": 4, "num_stages": 1}
 
 
 def delta_rule_backward(
@@ -159,9 +162,9 @@ def delta_rule_backward(
     q, k, v, beta, state = (x.contiguous() for x in (q, k, v, beta, state))
     u, do, dfinal = u.contiguous(), do.contiguous(), dfinal.contiguous()
     decays = by_kind(g)
-    meta = tiles(K, V, dot)
+    meta = tiles(K, V, dot, is_hopper(q.device))
     chunks = chunks_of(cu_seqlens, state.shape[0], T, meta["C"])
-    S, _ = states(k, u, g, state, cu_seqlens, chunks, 1.0, False, dot)
+    S, _, total = states(k, u, g, state, cu_seqlens, chunks, 1.0, False, dot)
     dr, G, dstate = delta_rule_walk_back(
         q, k, decays, beta, do, dfinal, cu_seqlens, chunks, scale, meta, dot
     )
@@ -171,11 +174,12 @@ def delta_rule_backward(
     dbeta = state.new_empty(blocks, B, T, H)
     dg = None if decays[0] is None else torch.empty_like(dbeta)
     dgk = None if decays[1] is None else torch.empty_like(decays[1])
-    launch(
-        _keys_kernel, (chunks.total * H * blocks,), q, k, v, *decays, beta, u, do, dr, S, G,
-        cu_seqlens, chunks.sequences, chunks.places, dq, dk, dv, dg, dgk, dbeta, scale, T, H,
-        state.shape[0], chunks.each, B * T * H, K=K, V=V, LIMIT=LIMITS[dot],
-        **keys, **DOTS[dot],
-    )  # fmt: skip
+    for strong in (False,) if g is None or g.ndim == 3 else (False, True):
+        launch(
+            _keys_kernel, (chunks.total * H * blocks,), q, k, v, *decays, beta, u, do, dr, S, G,
+            total, cu_seqlens, chunks.sequences, chunks.places, dq, dk, dv, dg, dgk, dbeta, scale,
+            T, H, state.shape[0], chunks.each, B * T * H, K=K, V=V, LIMIT=LIMITS[dot],
+            STRONG=strong, **keys, **DOTS[dot],
+        )  # fmt: skip
     dg = dgk if dg is None else dg.sum(0)
     return dq, dk, dv, dg, dbeta.sum(0).to(beta.dtype), dstate

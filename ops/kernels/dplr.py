@@ -1,251 +1,264 @@
-"""Triton kernels of the dplr sweep: what stands inside chunks at once, then one pass over time.
+"""Triton kernels of `dplr`: matrices of all chunks at once, then one walk over the chunks.
 
-Forward:                                     Back in time, with REVERSE:
+With S the state before a chunk of C rows, s_i the sum of the log decays of its first i rows, s_C of
+all, and r_i = s_{i-1}, what the chunk writes is u, of
 
-    u_t = S_{t-1}^T a_t + c_t                    D_t = S_{t+1} + k_t v_t^T
-    S_t = diag(e^g_t) S_{t-1}                    u_t = D_t^T a_t + c_t        o_t = D_t^T q_t
-          + b_t u_t^T + k_t v_t^T                S_t = diag(e^g_t) D_t + b_t u_t^T
-    o_t = S_t^T q_t
+    (1 - A) U = E V + (e^r a) S
+    O = scale (e^s q) S + P U + R V
+    S_next = e^{s_C} S + (e^{s_C - s} b)^T U + (e^{s_C - s} k)^T V
 
-With S the state before a chunk of C rows, and A the strictly lower matrix of a_i . b_j, decayed by
-the rows between them, all u of the chunk solve (1 - A) U = (a decayed) S + C + A_v V. The matrices
-of a chunk do not depend on the state:
+    A_ij = a_i e^{r_i - s_j} b_j                 E_ij = a_i e^{r_i - s_j} k_j                i > j
+    P_ij = scale q_i e^{s_i - s_j} b_j           R_ij = scale q_i e^{s_i - s_j} k_j          i >= j
 
-    X = (1 - A)^-1        XV = X A_v        QU, QV: q_i . b_j and q_i . k_j, decayed
+X = (1 - A)^-1, E, P and R do not depend on the state: ``_inside_kernel`` finds them. Gradients go
+back in time in the same way: with G the gradient of the state after a chunk,
 
-``dplr_inside`` finds them, of all chunks at once. Then
+    dU = P^T dO + (e^{s_C - s} b) G         dr = X^T dU, the gradient of the right-hand side
+    G_before = e^{s_C} G + scale (e^s q)^T dO + (e^r a)^T dr
 
-    U = X ((a decayed) S + C) + XV V        O = (q decayed) S + QU U + QV V
-
-``_sweep_kernel`` walks the chunks, one program a (sequence, head, block of BV value channels), its
-[BK, BV] tile of the state in fp32 registers. No exponent is positive, but where a chunk's decays
-are mild: see the kernels of linear_attn.
+The kernels know decays a channel; one a head is expanded. Walks, and how they are cut: ``walk``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flacompile.ops.kernels.dplr_inside import _decayed, _inside_kernel
+from flacompile.ops.kernels.columns import _columns
+from flacompile.ops.kernels.inverse import _inverse
 from flacompile.ops.kernels.launch import launch
-from flacompile.ops.kernels.linear_attn import PROGRAMS, linear_attn_forward
+from flacompile.ops.kernels.states import Chunks, _place, chunks_of
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
-    _decay_sums,
+    _channel_sums,
     _dot,
     _load,
-    _load_state,
-    _rows,
     _sequence,
     _store_rows,
     _store_state,
     dot_of,
-    dot_of_sums,
 )
+from flacompile.ops.kernels.walk import _decay_of, _store_walk, _walked, walked
 
 
 @triton.jit
-def _sweep_kernel(
-    a, b, q, k, v, c, g, gk, X, XV, QU, QV, state, cu_seqlens, u, o, final_state, scale, T, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+def _inside_kernel(
+    q, k, a, b, gk, cu_seqlens, sequences, places, X, E, P, R, q_in, a_in, b_end, k_end, total,
+    scale, T, H, N, CHUNKS, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Without q there is no o; without k and v, b u^T is the only write; g or gk."""
+    """The matrices of one chunk and head, the decayed rows, and the chunk's log decay."""
     # 1. What this program owns.
-    NV: tl.constexpr = (V + BV - 1) // BV
-    sequence_head = (tl.program_id(0) // NV).to(tl.int64)
-    n, h = sequence_head // H, sequence_head % H
+    h, chunk = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
+    n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
+    if n >= N:
+        return
     start, length = _sequence(cu_seqlens, n, T)
-    kk, vv = tl.arange(0, BK), (tl.program_id(0) % NV) * BV + tl.arange(0, BV)
-    i = tl.arange(0, C)
-    S = tl.zeros([BK, BV], tl.float32)
-    S += _load_state(state, sequence_head, kk, vv, K, V)
+    first = place * C
+    i, kk = tl.arange(0, C), tl.arange(0, BK)
+    at, by, inside = (start + first) * H + h, i * H, first + i < length
+    q_c, a_c = _load(q, at, by, inside, kk, K), _load(a, at, by, inside, kk, K)
+    b_c, k_c = _load(b, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
 
-    for first in range(0, length, C):
-        # 2. The decays to each row from the chunk's start, and from each row to its end.
-        at, by, _later, inside, _ = _rows(first, i, start, length, h, H, REVERSE)
-        if gk is None:
-            hi, lo, hi_own, lo_own, hi_end, lo_end = _decay_sums(g, at, by, inside)
-            early = ((hi - hi_own) + (lo - lo_own))[:, None]
-            late = (hi + lo)[:, None]
-            rest = ((hi_end - hi) + (lo_end - lo))[:, None]
-            rest_early = ((hi_end - (hi - hi_own)) + (lo_end - (lo - lo_own)))[:, None]
-            end = hi_end + lo_end
-        else:
-            gk_c = tl.maximum(_load(gk, at, by, inside, kk, K), -128.0)  # e^-128 is 0 in fp32
-            late, rest_early = tl.cumsum(gk_c, 0), tl.cumsum(gk_c, 0, reverse=True)
-            early, rest = late - gk_c, rest_early - gk_c
-            end = tl.sum(gk_c, 0)[:, None]
+    # 2. The decayed rows.
+    gk_c = _load(gk, at, by, inside, kk, K)
+    sums, end = _channel_sums(gk_c, False)
+    rest = tl.exp(_channel_sums(gk_c, True)[0])
+    tl.store(total + (chunk * H + h) * K + kk, end, mask=kk < K)
+    _store_rows(b_c * rest, b_end, at, by, inside, kk, K)
+    _store_rows(k_c * rest, k_end, at, by, inside, kk, K)
+    into_q = q_c * tl.exp(sums)
+    into_a = a_c * tl.exp(sums - tl.maximum(gk_c, -128.0))
+    _store_rows(into_q, q_in, at, by, inside, kk, K)
+    _store_rows(into_a, a_in, at, by, inside, kk, K)
 
-        # 3. Solve for u, which reads the state before the chunk and all writes since.
-        a_c = _decayed(_load(a, at, by, inside, kk, K), early)
-        U = _dot(a_c, S, DOT, PRECISION)
-        if c is not None:
-            U += _load(c, at, by, inside, vv, V)
-        U = _dot(_load(X, at, by, inside, i, C), U, DOT, PRECISION)
-        if v is not None:
-            v_c = _load(v, at, by, inside, vv, V)
-            U += _dot(_load(XV, at, by, inside, i, C), v_c, DOT, PRECISION)
-        _store_rows(U, u, at, by, inside, vv, V)
-
-        # 4. Read o in the same way.
-        if q is not None:
-            q_c = _decayed(_load(q, at, by, inside, kk, K), early if REVERSE else late)
-            O = _dot(q_c, S, DOT, PRECISION)  # noqa: E741
-            O += _dot(_load(QU, at, by, inside, i, C), U, DOT, PRECISION)  # noqa: E741
-            if v is not None:
-                O += _dot(_load(QV, at, by, inside, i, C), v_c, DOT, PRECISION)  # noqa: E741
-            _store_rows(scale * O, o, at, by, inside, vv, V)
-
-        # 5. Take the chunk into the state.
-        b_c = _decayed(_load(b, at, by, inside, kk, K), rest)
-        S = S * tl.exp(end) + _dot(tl.trans(b_c), U, DOT, PRECISION)
-        if v is not None:
-            k_c = _decayed(_load(k, at, by, inside, kk, K), rest_early if REVERSE else rest)
-            S += _dot(tl.trans(k_c), v_c, DOT, PRECISION)
-
-    _store_state(S, final_state, sequence_head, kk, vv, K, V)
-
-
-def tiles(K: int, V: int, dot: str, programs: Any) -> dict[str, int]:
-    """Block sizes and warps, chosen as in linear_attn; dots as there.
-
-    Args:
-        programs: (sequence, head) pairs: where they are few, narrow blocks of V keep a GPU busy.
-    """
-    BK, BV = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
-    if dot == "ieee":
-        widest, C = 16, 16
+    # 3. Products of rows.
+    if tl.min(end, 0) > -LIMIT:
+        out_b, out_k = tl.trans(b_c * tl.exp(-sums)), tl.trans(k_c * tl.exp(-sums))
+        A, E_c = _dot(into_a, out_b, DOT, PRECISION), _dot(into_a, out_k, DOT, PRECISION)
+        P_c, R_c = _dot(into_q, out_b, DOT, PRECISION), _dot(into_q, out_k, DOT, PRECISION)
     else:
-        widest, C = (64, 32) if BK <= 128 else (32, 16)
-        C = 16 if dot == "tf32" else C  # twice the bytes of a shared memory of 99 KiB
-        if isinstance(programs, int) and 2 * programs * triton.cdiv(V, widest) <= PROGRAMS:
-            widest = 16
+        A = _columns(a_c, b_c, None, b, gk, at, first, length, i, kk, H, K, C, True)[0]
+        E_c = _columns(a_c, k_c, None, k, gk, at, first, length, i, kk, H, K, C, True)[0]
+        P_c = _columns(q_c, b_c, None, b, gk, at, first, length, i, kk, H, K, C)[0]
+        R_c = _columns(q_c, k_c, None, k, gk, at, first, length, i, kk, H, K, C)[0]
+    below, up_to = i[:, None] > i[None, :], i[:, None] >= i[None, :]
+    _store_rows(tl.where(below, E_c, 0.0), E, at, by, inside, i, C)
+    _store_rows(tl.where(up_to, scale * P_c, 0.0), P, at, by, inside, i, C)
+    _store_rows(tl.where(up_to, scale * R_c, 0.0), R, at, by, inside, i, C)
+    A = tl.where(below, A, 0.0)
+    _store_rows(_inverse(A, i, C, PRECISION), X, at, by, inside, i, C)
+
+
+@triton.jit
+def _forward_kernel(
+    q_in, a_in, b_end, k_end, v, total, X, E, P, R, state, cu_seqlens, offsets, u, o, ends, moved,
+    final, scale, T, H, CHUNKS, SEGMENT, SEGMENTS,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """u, o and the state; a first walk, with ends and moved, finds how a segment moves a state."""
+    # 1. What this program owns.
+    FIRST: tl.constexpr = ends is not None
+    owner, h, segment, n, start, length, base, count, moves, kk, vv, S = _walked(
+        cu_seqlens, offsets, state, T, H, CHUNKS, SEGMENTS, K, V, BK, BV, C, FIRST
+    )
+    i = tl.arange(0, C)
+    begin = segment * SEGMENT
+    for chunk in range(begin, tl.minimum(begin + SEGMENT, count)):
+        # 2. Solve for u; the identity's columns have no values.
+        at, by, inside = (start + chunk * C) * H + h, i * H, chunk * C + i < length
+        v_c = _load(v, at, by, inside & (moves == 0), vv, V)
+        right = _dot(_load(a_in, at, by, inside, kk, K), S, DOT, PRECISION)
+        right += _dot(_load(E, at, by, inside, i, C), v_c, DOT, PRECISION)
+        U = _dot(_load(X, at, by, inside, i, C), right, DOT, PRECISION)
+
+        # 3. Read o.
+        if not FIRST:
+            _store_rows(U, u, at, by, inside, vv, V)
+            o_c = scale * _dot(_load(q_in, at, by, inside, kk, K), S, DOT, PRECISION)
+            o_c += _dot(_load(P, at, by, inside, i, C), U, DOT, PRECISION)
+            o_c += _dot(_load(R, at, by, inside, i, C), v_c, DOT, PRECISION)
+            _store_rows(o_c, o, at, by, inside, vv, V)
+
+        # 4. Take the chunk into the state.
+        S *= _decay_of(total, (base + chunk) * H + h, kk, K)[:, None]
+        S += _dot(tl.trans(_load(b_end, at, by, inside, kk, K)), U, DOT, PRECISION)
+        S += _dot(tl.trans(_load(k_end, at, by, inside, kk, K)), v_c, DOT, PRECISION)
+
+    _store_walk(S, ends, moved, final, moves, owner, segment, SEGMENTS, n, H, h, kk, vv, K, V)
+
+
+@triton.jit
+def _backward_kernel(
+    q_in, a_in, b_end, k_end, do, total, X, E, P, R, state, cu_seqlens, offsets, dr, dv, states,
+    ends, moved, final, scale, T, H, CHUNKS, SEGMENT, SEGMENTS,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dr, dv and the gradient of the state after each chunk, from the last chunk to the first."""
+    # 1. What this program owns.
+    FIRST: tl.constexpr = ends is not None
+    owner, h, segment, n, start, length, base, count, moves, kk, vv, S = _walked(
+        cu_seqlens, offsets, state, T, H, CHUNKS, SEGMENTS, K, V, BK, BV, C, FIRST
+    )
+    i = tl.arange(0, C)
+    begin = segment * SEGMENT
+    for step in range(begin, tl.minimum(begin + SEGMENT, count)):
+        # 2. The gradients of u and of what it was solved from.
+        chunk = count - 1 - step
+        at, by, inside = (start + chunk * C) * H + h, i * H, chunk * C + i < length
+        do_c = _load(do, at, by, inside & (moves == 0), vv, V)
+        dU = _dot(_load(b_end, at, by, inside, kk, K), S, DOT, PRECISION)
+        dU += _dot(tl.trans(_load(P, at, by, inside, i, C)), do_c, DOT, PRECISION)
+        dR = _dot(tl.trans(_load(X, at, by, inside, i, C)), dU, DOT, PRECISION)
+
+        # 3. Of the values.
+        if not FIRST:
+            _store_state(S, states, (base + chunk) * H + h, kk, vv, K, V)
+            _store_rows(dR, dr, at, by, inside, vv, V)
+            dv_c = _dot(_load(k_end, at, by, inside, kk, K), S, DOT, PRECISION)
+            dv_c += _dot(tl.trans(_load(R, at, by, inside, i, C)), do_c, DOT, PRECISION)
+            dv_c += _dot(tl.trans(_load(E, at, by, inside, i, C)), dR, DOT, PRECISION)
+            _store_rows(dv_c, dv, at, by, inside, vv, V)
+
+        # 4. Of the state before the chunk.
+        S *= _decay_of(total, (base + chunk) * H + h, kk, K)[:, None]
+        q_c = tl.trans(_load(q_in, at, by, inside, kk, K))
+        S += _dot(q_c, scale * do_c.to(tl.float32), DOT, PRECISION)
+        S += _dot(tl.trans(_load(a_in, at, by, inside, kk, K)), dR, DOT, PRECISION)
+
+    _store_walk(S, ends, moved, final, moves, owner, segment, SEGMENTS, n, H, h, kk, vv, K, V)
+
+
+def tiles(K: int, V: int, dot: str) -> dict[str, int]:
+    """Block sizes and warps of the walks."""
+    BK, BV = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
+    widest, C = {"ieee": (16, 16), "tf32": (32, 16), "bf16": (64 if BK <= 128 else 32, 32)}[dot]
     warps = 4 if (64 if dot == "ieee" else 128) >= BK else 8
-    stages = 1 if dot == "ieee" else 2
-    return {
-        "BK": BK, "BV": min(BV, widest), "C": C, "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
+    stages = 2 if dot == "bf16" else 1
+    return {"BK": BK, "BV": min(BV, widest), "C": C, "num_warps": warps, "num_stages": stages}
 
 
-def _places(cu_seqlens: Tensor, time: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Of each chunk of a pack, its sequence and its place in it; the former is N for none."""
-    counts = -(cu_seqlens.diff() // -chunk)
-    ends = counts.cumsum(0)
-    chunks = torch.arange(time // chunk + counts.shape[0], device=cu_seqlens.device)
-    sequence = torch.searchsorted(ends, chunks, right=True)
-    return sequence, chunks - (ends - counts)[sequence.clamp(max=counts.shape[0] - 1)]
+class Inside(NamedTuple):
+    """What the walks read of all chunks: decayed rows [B, T, H, K], log decays, matrices."""
+
+    q_in: Tensor
+    a_in: Tensor
+    b_end: Tensor
+    k_end: Tensor
+    total: Tensor  # [chunks, H, K]
+    X: Tensor  # [B, T, H, C], row i of a chunk at its token
+    E: Tensor
+    P: Tensor
+    R: Tensor
+
+    def around(self, values: Tensor) -> tuple[Tensor, ...]:
+        """As the walks take them, with v or do."""
+        return *self[:4], values, *self[4:]
 
 
-def dplr_sweep(
+def inside(
+    q: Tensor, k: Tensor, a: Tensor, b: Tensor, gk: Tensor, cu_seqlens: Tensor | None,
+    chunks: Chunks, scale: float, N: int, dot: str,
+) -> Inside:  # fmt: skip
+    """Of all chunks at once."""
+    B, T, H, K = q.shape
+    kept = torch.bfloat16 if dot == "bf16" else torch.float32
+    rows = [q.new_empty(B, T, H, K, dtype=kept) for _ in range(4)]
+    total = q.new_empty(chunks.total, H, K, dtype=torch.float32)
+    X, E, P, R = (q.new_empty(B, T, H, chunks.size, dtype=kept) for _ in range(4))
+    launch(
+        _inside_kernel, (chunks.total * H,), q, k, a, b, gk, cu_seqlens, chunks.sequences,
+        chunks.places, X, E, P, R, *rows, total, scale, T, H, N, chunks.each, K=K,
+        BK=max(16, triton.next_power_of_2(K)), C=chunks.size, LIMIT=LIMITS[dot], **DOTS[dot],
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return Inside(*rows, total, X, E, P, R)
+
+
+def by_channel(g: Tensor | None, q: Tensor) -> Tensor:
+    """g [B, T, H, K] in fp32, of any kind of decay."""
+    if g is None:
+        return q.new_zeros(q.shape, dtype=torch.float32)
+    return (g if g.ndim == 4 else g[..., None].expand(q.shape)).contiguous()
+
+
+def dplr_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
     a: Tensor,
     b: Tensor,
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    c: Tensor | None,
-    g: Tensor | None,
     state: Tensor,
     cu_seqlens: Tensor | None,
     scale: float,
-    reverse: bool,
-    *,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """One sweep over time.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the final state and u.
 
     Args:
-        a, b: [B, T, H, K], any float dtype, as every tensor up to c.
-        q: [B, T, H, K] or None: no o.
-        k, v: [B, T, H, K] and [B, T, H, V], or None: one write.
-        c: [B, T, H, V] or None.
+        q, k, a, b: [B, T, H, K].
+        v: [B, T, H, V].
         g: fp32 natural-log decay, [B, T, H], [B, T, H, K] or None.
         state: [N, H, K, V] fp32.
         cu_seqlens: [N + 1] bounds of packed sequences, from 0 to T, on the device; B is then 1.
         scale: factor of o.
-        reverse: from the last token of each sequence to the first.
-        dtype: of u, o and the factors of dots.
-
-    Returns:
-        u and o [B, T, H, V], and the final state in fp32.
     """
-    B, T, H, K = a.shape
-    N, V = state.shape[0], state.shape[-1]
-    a, b, state = a.contiguous(), b.contiguous(), state.contiguous()
-    q, k, v, c, g = (x if x is None else x.contiguous() for x in (q, k, v, c, g))
-    u = b.new_empty(B, T, H, V, dtype=dtype)
-    o = None if q is None else torch.empty_like(u)
-    final_state = torch.empty_like(state)
-    g = state.new_zeros(B, T, H) if g is None else g
-    decays = (g, None) if g.ndim == 3 else (None, g)
-
-    dot = dot_of(dtype)
-    meta = {"K": K, "REVERSE": reverse, **tiles(K, V, dot, N * H), **DOTS[dot]}
-    C, BV = meta["C"], meta.pop("BV")
-
-    def matrices(wanted: bool) -> Tensor | None:
-        kept = torch.bfloat16 if dot == "bf16" else torch.float32
-        return b.new_empty(B, T, H, C, dtype=kept) if wanted else None
-
-    has_q, has_k = q is not None, k is not None
-    inside = [matrices(x) for x in (True, has_k, has_q, has_q and has_k)]
-    chunks = -(-T // C)
-    sequences, places = (None, None) if cu_seqlens is None else _places(cu_seqlens, T, C)
-    total = N * chunks if sequences is None else sequences.shape[0]
-    launch(
-        _inside_kernel, (total * H,), a, b, q, k, *decays, cu_seqlens, sequences, places, *inside,
-        T, H, N, chunks, LIMIT=LIMITS[dot], **meta,
+    dot = dot_of(q.dtype, k.dtype, v.dtype)
+    q, k, v, a, b, state = (x.contiguous() for x in (q, k, v, a, b, state))
+    meta = tiles(q.shape[3], v.shape[3], dot)
+    chunks = chunks_of(cu_seqlens, state.shape[0], q.shape[1], meta["C"])
+    gk = by_channel(g, q)
+    x = inside(q, k, a, b, gk, cu_seqlens, chunks, scale, state.shape[0], dot)
+    u, o = torch.empty_like(v), torch.empty_like(v)
+    final = walked(
+        _forward_kernel, x.around(v), state, cu_seqlens, chunks, (u, o), scale, q.shape[:2],
+        meta | DOTS[dot],
     )  # fmt: skip
-    launch(
-        _sweep_kernel, (N * H * triton.cdiv(V, BV),), a, b, q, k, v, c, *decays, *inside, state,
-        cu_seqlens, u, o, final_state, scale, T, H, V=V, BV=BV, **meta,
-    )  # fmt: skip
-    return u, o, final_state
-
-
-def dplr_reads(
-    queries: list[Tensor],
-    writes: list[tuple[Tensor, Tensor]],
-    g: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    *,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """S_t x_t of each query x, S the decayed sum of the writes, by the kernels of linear_attn.
-
-    A state is linear in what is written, so each write is a run of its own.
-
-    Args:
-        queries: [B, T, H, V] each.
-        writes: [B, T, H, K] and [B, T, H, V] each.
-        g, state, cu_seqlens: as in ``dplr_sweep``.
-        dtype: of the factors of dots; without g, else see ``dot_of_sums``.
-        reverse: run back in time, position t with the decay of t + 1.
-
-    Returns:
-        [B, T, H, K] fp32 for each query.
-    """
-    start = state.mT.contiguous()
-    dot = dot_of(dtype) if g is None else dot_of_sums(dot_of(dtype))
-
-    def read(x: Tensor, key: Tensor, value: Tensor, first: Tensor | None) -> Tensor:
-        return linear_attn_forward(
-            x, value, key, None, g, first, cu_seqlens, 1.0, reverse, out_dtype=torch.float32,
-            dot=dot,
-        )[0]  # fmt: skip
-
-    found = []
-    for x in queries:
-        o = read(x, *writes[0], start)
-        for write in writes[1:]:
-            o += read(x, *write, None)
-        found.append(o)
-    return found
+    return o, final, u

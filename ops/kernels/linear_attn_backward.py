@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flacompile.ops.kernels.columns import _between, _columns
+from flacompile.ops.kernels.columns import _between, _columns, _passes_over
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.states import _carried, _place, chunks_of, states
 from flacompile.ops.kernels.tiles import (
@@ -49,10 +49,10 @@ def _decay_between(hi, lo, lower):
 
 @triton.jit
 def _keys_kernel(
-    q, k, v, g, gk, do, S, D, cu_seqlens, sequences, places, dq, dk, dg, dgk, scale,
+    q, k, v, g, gk, do, S, D, total, cu_seqlens, sequences, places, dq, dk, dg, dgk, scale,
     T, H, N, CHUNKS, ROWS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
     """dq and dk of a block of channels, and of decays a channel (gk) the gradient.
 
@@ -69,10 +69,12 @@ def _keys_kernel(
     first = place * C
     i, kk, vv = tl.arange(0, C), block * BK + tl.arange(0, BK), tl.arange(0, BV)
     at, by, inside = (start + first) * H + h, i * H, first + i < length
+    state = chunk * H + h
+    if _passes_over(total, state, kk, K, LIMIT, STRONG):
+        return
 
     # 2. From the states, then from the rows of the chunk.
     v_c, do_c = _load(v, at, by, inside, vv, V), _load(do, at, by, inside, vv, V)
-    state = chunk * H + h
     dq_c = scale * _dot(do_c, tl.trans(_load_state(S, state, kk, vv, K, V)), DOT, PRECISION)
     dk_c = _dot(v_c, tl.trans(_load_state(D, state, kk, vv, K, V)), DOT, PRECISION)
     A = scale * _dot(do_c, tl.trans(v_c), DOT, PRECISION)
@@ -90,8 +92,8 @@ def _keys_kernel(
         A = tl.where(i[:, None] >= i[None, :], A, 0.0)
     if gk is not None:
         gk_c = _load(gk, at, by, inside, kk, K)
-        sums, total = _channel_sums(gk_c, False)
-        carried *= tl.exp(total)
+        sums, end = _channel_sums(gk_c, False)
+        carried *= tl.exp(end)
         dq_c *= tl.exp(sums)
         dk_c *= tl.exp(_channel_sums(gk_c, True)[0])
     if g is not None or gk is not None:
@@ -99,7 +101,7 @@ def _keys_kernel(
     if gk is None:
         dq_c += _dot(A, k_c, DOT, PRECISION)
         dk_c += _dot(tl.trans(A), q_c, DOT, PRECISION)
-    elif tl.min(total, 0) > -LIMIT:
+    elif not STRONG:
         dq_c += tl.exp(sums) * _dot(A, k_c.to(tl.float32) * tl.exp(-sums), DOT, PRECISION)
         q_in = q_c.to(tl.float32) * tl.exp(sums)
         dk_c += tl.exp(-sums) * _dot(tl.trans(A), q_in, DOT, PRECISION)
@@ -121,9 +123,10 @@ def _keys_kernel(
 
 @triton.jit
 def _values_kernel(
-    q, k, g, gk, do, D, cu_seqlens, sequences, places, dv, scale, T, H, N, CHUNKS,
+    q, k, g, gk, do, D, total, cu_seqlens, sequences, places, dv, scale, T, H, N, CHUNKS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr,
+    ALL: tl.constexpr,
 ):  # fmt: skip
     """dv, from the key channels a block at a time."""
     # 1. What this program owns.
@@ -135,6 +138,8 @@ def _values_kernel(
     first = place * C
     i, vv = tl.arange(0, C), tl.arange(0, BV)
     at, by, inside = (start + first) * H + h, i * H, first + i < length
+    if _passes_over(total, chunk * H + h, tl.arange(0, ALL), K, LIMIT, STRONG):
+        return
     P, dv_c = tl.zeros([C, C], tl.float32), tl.zeros([C, BV], tl.float32)
 
     # 2. P, and what the state after the chunk gives.
@@ -147,10 +152,10 @@ def _values_kernel(
             dv_c += _dot(k_c, D_c, DOT, PRECISION)
         else:
             gk_c = _load(gk, at, by, inside, kk, K)
-            sums, total = _channel_sums(gk_c, False)
+            sums, _ = _channel_sums(gk_c, False)
             k_end = k_c.to(tl.float32) * tl.exp(_channel_sums(gk_c, True)[0])
             dv_c += _dot(k_end, D_c, DOT, PRECISION)
-            if tl.min(total, 0) > -LIMIT:
+            if not STRONG:
                 q_in = q_c.to(tl.float32) * tl.exp(sums)
                 k_in = k_c.to(tl.float32) * tl.exp(-sums)
                 P += _dot(q_in, tl.trans(k_in), DOT, PRECISION)
@@ -173,8 +178,8 @@ def tiles(K: int, V: int, dot: str) -> dict[str, int]:
     """Block sizes and warps: the tiles of a program are few enough for 99 KiB of shared memory."""
     BK, BV = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
     C = 64 if dot == "bf16" and BV <= 128 else 32
-    return {"BK": min(64 if BV <= 128 else 32, BK), "BV": BV, "C": C,
-            "num_warps": 4 if BV <= 64 else 8, "num_stages": 1}  # fmt: skip
+    BK = min(64 if BV <= 128 else 32, BK)
+    return {"BK": BK, "BV": BV, "C": C, "num_warps": 4 if BV <= 128 else 8, "num_stages": 1}
 
 
 def linear_attn_backward(
@@ -205,8 +210,8 @@ def linear_attn_backward(
     q, k, v, do, state, dfinal = (x.contiguous() for x in (q, k, v, do, state, dfinal))
     g = None if g is None else g.contiguous()
     chunks = chunks_of(cu_seqlens, state.shape[0], T, meta["C"])
-    S, _ = states(k, v, g, state, cu_seqlens, chunks, 1.0, False, dot)
-    D, dstate = states(q, do, g, dfinal, cu_seqlens, chunks, scale, True, dot)
+    S, _, total = states(k, v, g, state, cu_seqlens, chunks, 1.0, False, dot)
+    D, dstate, _ = states(q, do, g, dfinal, cu_seqlens, chunks, scale, True, dot)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     scalar, channel = (g, None) if g is None or g.ndim == 3 else (None, g)
     blocks = triton.cdiv(K, meta["BK"])
@@ -215,12 +220,13 @@ def linear_attn_backward(
     where = (cu_seqlens, chunks.sequences, chunks.places)
     sizes = (scale, T, H, state.shape[0], chunks.each)
     meta |= {"K": K, "V": V, "LIMIT": LIMITS[dot], **DOTS[dot]}
-    launch(
-        _keys_kernel, (chunks.total * H * blocks,), q, k, v, scalar, channel, do, S, D, *where, dq,
-        dk, dg, dgk, *sizes, B * T * H, **meta,
-    )  # fmt: skip
-    launch(
-        _values_kernel, (chunks.total * H,), q, k, scalar, channel, do, D, *where, dv, *sizes,
-        **meta,
-    )  # fmt: skip
+    for strong in (False,) if channel is None else (False, True):
+        launch(
+            _keys_kernel, (chunks.total * H * blocks,), q, k, v, scalar, channel, do, S, D, total,
+            *where, dq, dk, dg, dgk, *sizes, B * T * H, STRONG=strong, **meta,
+        )  # fmt: skip
+        launch(
+            _values_kernel, (chunks.total * H,), q, k, scalar, channel, do, D, total, *where, dv,
+            *sizes, STRONG=strong, ALL=max(16, triton.next_power_of_2(K)), **meta,
+        )  # fmt: skip
     return dq, dk, dv, dgk if dg is None else dg.sum(0), dstate

@@ -69,8 +69,8 @@ def _carried(S, D, index, kk, K: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def _states_kernel(
-    x, y, g, gk, state, cu_seqlens, offsets, states, ends, final, total, total_k, scale, T, H,
-    CHUNKS, SEGMENT, SEGMENTS,
+    x, y, x2, y2, g, gk, state, cu_seqlens, offsets, states, decays, ends, final, total, total_k,
+    scale, T, H, CHUNKS, SEGMENT, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     BACK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,14 @@ def _states_kernel(
             x_c = x_c.to(tl.float32) * tl.exp(w)
             S *= tl.exp(end)[:, None]
             sum_k += end
+            if decays is not None and block % NV == 0:
+                tl.store(decays + ((base + chunk) * H + h) * K + kk, end, mask=kk < K)
         S += scale * _dot(tl.trans(x_c), y_c, DOT, PRECISION)
+        if x2 is not None:
+            x_c, y_c = _load(x2, at, by, inside, kk, K), _load(y2, at, by, inside, vv, V)
+            if gk is not None:
+                x_c = x_c.to(tl.float32) * tl.exp(w)
+            S += scale * _dot(tl.trans(x_c), y_c, DOT, PRECISION)
 
     if ends is not None:
         _store_state(S, ends, owner, kk, vv, K, V)
@@ -156,7 +163,7 @@ def chunks_of(cu_seqlens: Tensor | None, sequences: int, time: int, size: int) -
 def tiles(K: int, V: int, dot: str) -> dict[str, int]:
     """Block sizes and warps: a state in four blocks, many of which share a multiprocessor."""
     BK, BV = (min(64, max(16, triton.next_power_of_2(n))) for n in (K, V))
-    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": 2 if dot == "bf16" else 1}
+    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": 3 if dot == "bf16" else 1}
 
 
 def states(
@@ -169,8 +176,9 @@ def states(
     scale: float,
     back: bool,
     dot: str,
-) -> tuple[Tensor, Tensor]:
-    """The states between chunks, and the last one.
+    second: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The states between chunks, the last one, and with decays a channel those of each chunk.
 
     Args:
         x: [B, T, H, K], y: [B, T, H, V].
@@ -181,9 +189,10 @@ def states(
         scale: factor of what is added.
         back: from the last chunk to the first.
         dot: a name of ``tiles.DOTS``.
+        second: another x and y, with a decay a channel.
 
     Returns:
-        [chunks, H, K, V] in bf16 or fp32, and [N, H, K, V] fp32.
+        [chunks, H, K, V] in bf16 or fp32, [N, H, K, V] fp32, and log decays [chunks, H, K] or None.
     """
     H, K = x.shape[2:]
     T, N, V = x.shape[1], state.shape[0], y.shape[3]
@@ -196,25 +205,27 @@ def states(
     segments = num_segments(N * H * blocks // LIGHT, T)
     length = triton.cdiv(chunks.each, segments)
 
-    def run(start: Any, found: Any, ends: Any, *totals: Any) -> None:
+    log = None if decays[1] is None else state.new_empty(chunks.total, H, K)
+
+    def run(start: Any, found: Any, log: Any, ends: Any, *totals: Any) -> None:
         launch(
-            _states_kernel, (N * segments * H * blocks,), x, y, *decays, start, cu_seqlens,
-            chunks.offsets, found, ends, final, *totals, scale, T, H, chunks.each, length,
+            _states_kernel, (N * segments * H * blocks,), x, y, *second, *decays, start, cu_seqlens,
+            chunks.offsets, found, log, ends, final, *totals, scale, T, H, chunks.each, length,
             segments, **meta,
         )  # fmt: skip
 
     if isinstance(segments, int) and segments == 1:
-        run(state, found, None, None, None)
-        return found, final
+        run(state, found, log, None, None, None)
+        return found, final, log
     ends = state.new_empty(N, segments, H, K, V)
     total, total_k = (
         None if d is None else ends.new_empty(N, segments, H, *d.shape[3:]) for d in decays
     )
-    run(None, None, ends, total, total_k)
+    run(None, None, None, ends, total, total_k)
     rows = min(16, meta["BK"])
     launch(
         _join_kernel, (N * H * triton.cdiv(K, rows),), ends, total, total_k, None, state, H,
         segments, K=K, V=V, BK=rows, BV=max(16, triton.next_power_of_2(V)), num_warps=4,
     )  # fmt: skip
-    run(ends, found, None, None, None)
-    return found, final
+    run(ends, found, log, None, None, None)
+    return found, final, log
