@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flacompile.ops import context, dplr
+from flacompile.ops import context
 from flacompile.ops.define import define
+from flacompile.ops.dplr import backward_cpu, forward_cpu
+from flacompile.ops.dplr import decomposed as decomposed_dplr
 from flacompile.ops.start import filled
 from flacompile.ops.validate import check_delta_rule
 
@@ -120,7 +122,7 @@ def decomposed(
     """The op as a fixed number of aten operations, for exporters; not for packed sequences."""
     write = beta.to(state.dtype)[..., None] * v
     a = _erase(k, g, beta, state)
-    return dplr.decomposed(q, k, write, g, a, None, state, cu_seqlens, scale)
+    return decomposed_dplr(q, k, write, g, a, None, state, cu_seqlens, scale)
 
 
 def delta_rule_forward(
@@ -130,7 +132,7 @@ def delta_rule_forward(
     """The op on a CPU."""
     write = beta.to(state.dtype)[..., None] * v
     a = _erase(k, g, beta, state)
-    return dplr.forward_cpu(q, k, write, g, a, None, state, cu_seqlens, scale)
+    return forward_cpu(q, k, write, g, a, None, state, cu_seqlens, scale)
 
 
 def _forward_cuda(
@@ -156,7 +158,7 @@ def delta_rule_backward(
     """Gradients of every input of the op, on a CPU: those of dplr, through a and beta v."""
     wide = beta.to(state.dtype)[..., None]
     a = _erase(k, g, beta, state)
-    dq, dk, dw, dg, da, _, dstate = dplr.backward_cpu(
+    dq, dk, dw, dg, da, _, dstate = backward_cpu(
         q, k, wide * v, g, a, None, state, cu_seqlens, scale, u, final, do, dfinal
     )
     da_of_k = da if g is None else da * _per_channel(g).exp()
