@@ -64,7 +64,7 @@ def test_metadata(model, programs):
         facts = program.get_metadata()
         assert json.loads(facts["config"])["hidden_size"] == model.config.hidden_size
         names, dtypes = json.loads(facts["state_names"]), json.loads(facts["state_dtypes"])
-        assert {"0.recurrent.0", "1.cached.0"} < set(names)
+        assert {"0.recurrent.0", "1.recurrent.0", "2.recurrent.0", "3.cached.0"} < set(names)
         assert dtypes[json.loads(facts["position"])] == "int64"
         assert json.loads(facts["context"]) == 1200 and json.loads(facts["device"]) == "cpu"
 
