@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from flacompile.ops import context
 from flacompile.ops.define import define
@@ -196,8 +195,8 @@ def _backward_fake(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, state.new_empty(state.shape)
 
 
-_forward, _forward_ops = define(conv_forward, _forward_cuda, _forward_fake)
-_backward, _ = define(conv_backward, _backward_cuda, _backward_fake)
+_forward = define(conv_forward, _forward_cuda, _forward_fake)
+_backward = define(conv_backward, _backward_cuda, _backward_fake)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
@@ -216,6 +215,4 @@ def _flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any
     return 2 * batch * time * channels * weight[-1]
 
 
-for _op in _forward_ops:
-    _op.register_autograd(_backward_of_op, setup_context=_setup)
-    register_flop_formula(_op._opoverload.overloadpacket)(_flops)
+_forward.differentiate(_setup, _backward_of_op, _flops)

@@ -13,12 +13,88 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch._library.triton import set_wrap_triton_enabled
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental import register_sharding
+from torch.nn import Parameter
+from torch.utils.flop_counter import register_flop_formula
 
 from flacompile.ops.sharding import AXES, rules
 
 NAMESPACE = "flacompile"
+
+
+class Op:
+    """Calls the op of the first tensor's device.
+
+    A call of plain CUDA tensors that nobody watches goes to the kernels itself: the way through the
+    dispatcher costs more than the launches of a small call.
+    """
+
+    def __init__(self, on_cpu: CustomOpDef, on_cuda: CustomOpDef, kernels: Callable[..., Any]):
+        self.on_cpu, self.on_cuda = on_cpu, on_cuda
+        self.kernels, self.function = kernels, None
+
+    def __call__(self, *args: Any) -> Any:
+        if not args[0].is_cuda:
+            return self.on_cpu(*_placed(args))
+        if torch.compiler.is_compiling() or not unwatched(args):
+            return self.on_cuda(*_placed(args))
+        with set_wrap_triton_enabled(False):
+            if self.function is not None and torch.is_grad_enabled() and _any_needs_grad(args):
+                return self.function.apply(*args)
+            return self.kernels(*args)
+
+    def differentiate(
+        self, setup: Callable[..., None], backward: Callable[..., Any], flops: Callable[..., int]
+    ) -> None:
+        """Registers the gradients and what a call costs.
+
+        Args:
+            setup: ``(ctx, inputs, output)``, what the backward needs.
+            backward: ``(ctx, *gradients of the outputs)``, those of the inputs.
+            flops: the shapes of the inputs to floating-point operations.
+        """
+        for op in (self.on_cpu, self.on_cuda):
+            op.register_autograd(backward, setup_context=setup)
+            register_flop_formula(op._opoverload.overloadpacket)(flops)
+        self.function = direct(self.kernels, setup, backward)
+
+
+def direct(
+    kernels: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
+) -> Any:
+    """The gradients of ``differentiate`` without the dispatcher."""
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return kernels(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            setup(ctx, inputs, output)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return backward(ctx, *gradients)
+
+    return Direct
+
+
+def unwatched(args: tuple[Any, ...]) -> bool:
+    """Whether no mode, no functorch transform and no subclass of tensors would see the call."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(x) in (Tensor, Parameter) for x in args if isinstance(x, Tensor))
+    )
+
+
+def _any_needs_grad(args: tuple[Any, ...]) -> bool:
+    return any(x.requires_grad for x in args if isinstance(x, Tensor))
 
 
 def define(
@@ -26,7 +102,7 @@ def define(
     cuda: Callable[..., Any],
     fake: Callable[..., Any],
     visible: Callable[..., Any] | None = None,
-) -> tuple[Callable[..., Any], tuple[CustomOpDef, CustomOpDef]]:
+) -> Op:
     """Registers ``flacompile::<name>`` (CPU) and ``flacompile::<name>_cuda`` (Triton).
 
     Args:
@@ -34,9 +110,6 @@ def define(
         cuda: the same signature over Triton launchers.
         fake: the shapes: same signature, empty outputs.
         visible: the same signature; what torch.compile sees on a CPU, where it should see it.
-
-    Returns:
-        A function that calls the op of the first tensor's device, and the two ops.
     """
     name = cpu.__name__
     if visible is None:
@@ -51,12 +124,11 @@ def define(
         op.register_fake(fake)
         if name in AXES:
             register_sharding(op._opoverload)(partial(rules, name))
+    return Op(on_cpu, on_cuda, cuda)
 
-    def call(*args: Any) -> Any:
-        op = on_cuda if args[0].is_cuda else on_cpu
-        return op(*(_as_dtensors(args) if isinstance(args[0], DTensor) else args))
 
-    return call, (on_cpu, on_cuda)
+def _placed(args: tuple[Any, ...]) -> tuple[Any, ...] | list[Any]:
+    return _as_dtensors(args) if isinstance(args[0], DTensor) else args
 
 
 def _as_dtensors(args: tuple[Any, ...]) -> list[Any]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from flacompile.ops import context
 from flacompile.ops.chunked_dplr import CHUNK, LONGEST, chunked_sweep, folds, loop
@@ -268,8 +267,8 @@ def _backward_fake(
     return like(q), like(k), like(v), like(g), like(a), like(b), like(state)
 
 
-_forward, _forward_ops = define(dplr_forward, _forward_cuda, _forward_fake)
-_backward, _ = define(dplr_backward, _backward_cuda, _backward_fake)
+_forward = define(dplr_forward, _forward_cuda, _forward_fake)
+_backward = define(dplr_backward, _backward_cuda, _backward_fake)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
@@ -292,6 +291,4 @@ def _flops(q: Any, k: Any, v: Any, g: Any, a: Any, b: Any, *args: Any, **kwargs:
     return 8 * batch * time * heads * key_dim * v[-1]
 
 
-for _op in _forward_ops:
-    _op.register_autograd(_backward_of_op, setup_context=_setup)
-    register_flop_formula(_op._opoverload.overloadpacket)(_flops)
+_forward.differentiate(_setup, _backward_of_op, _flops)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from flacompile.ops import context
 from flacompile.ops.chunked import CHUNK, chunked
@@ -242,8 +241,8 @@ def _backward_fake(
     return like(q), like(k), like(v), like(gk), like(gv), like(state)
 
 
-_forward, _forward_ops = define(linear_attn_forward, _forward_cuda, _forward_fake)
-_backward, _ = define(linear_attn_backward, _backward_cuda, _backward_fake)
+_forward = define(linear_attn_forward, _forward_cuda, _forward_fake)
+_backward = define(linear_attn_backward, _backward_cuda, _backward_fake)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
@@ -265,6 +264,4 @@ def _flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: 
     return 4 * batch * time * heads * key_dim * v[-1]
 
 
-for _op in _forward_ops:
-    _op.register_autograd(_backward_of_op, setup_context=_setup)
-    register_flop_formula(_op._opoverload.overloadpacket)(_flops)
+_forward.differentiate(_setup, _backward_of_op, _flops)

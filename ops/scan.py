@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from flacompile.ops import context
 from flacompile.ops.define import define
@@ -134,8 +133,8 @@ def _backward_fake(
     return g.new_empty(g.shape), h.new_empty(h.shape), state.new_empty(state.shape)
 
 
-_forward, _forward_ops = define(scan_forward, _forward_cuda, _forward_fake)
-_backward, _ = define(scan_backward, _backward_cuda, _backward_fake)
+_forward = define(scan_forward, _forward_cuda, _forward_fake)
+_backward = define(scan_backward, _backward_cuda, _backward_fake)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
@@ -153,6 +152,4 @@ def _flops(g: Any, x: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> 
     return 2 * batch * time * channels
 
 
-for _op in _forward_ops:
-    _op.register_autograd(_backward_of_op, setup_context=_setup)
-    register_flop_formula(_op._opoverload.overloadpacket)(_flops)
+_forward.differentiate(_setup, _backward_of_op, _flops)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from flacompile.ops import context
 from flacompile.ops.define import define
@@ -251,8 +250,8 @@ def _backward_fake(
     return new[0], new[1], new[2], new[3], new[4], new[5]
 
 
-_forward, _forward_ops = define(selective_scan_forward, _forward_cuda, _forward_fake)
-_backward, _ = define(selective_scan_backward, _backward_cuda, _backward_fake)
+_forward = define(selective_scan_forward, _forward_cuda, _forward_fake)
+_backward = define(selective_scan_backward, _backward_cuda, _backward_fake)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
@@ -280,6 +279,4 @@ def _flops(u: Any, dt: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs:
     return 6 * batch * time * channels * A[1]
 
 
-for _op in _forward_ops:
-    _op.register_autograd(_backward_of_op, setup_context=_setup)
-    register_flop_formula(_op._opoverload.overloadpacket)(_flops)
+_forward.differentiate(_setup, _backward_of_op, _flops)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from flacompile.ops.define import define
 from flacompile.ops.validate import bytes_of_ternary, check_ternary_linear, expect
@@ -159,9 +158,7 @@ def _forward_fake(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
-_forward, _forward_ops = define(
-    ternary_linear_forward, _forward_cuda, _forward_fake, visible=decomposed
-)
+_forward = define(ternary_linear_forward, _forward_cuda, _forward_fake, visible=decomposed)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -180,6 +177,4 @@ def _flops(x: Any, packed: Any, *args: Any, out_shape: Any = None, **kwargs: Any
     return 2 * x[0] * x[1] * packed[0]
 
 
-for _op in _forward_ops:
-    _op.register_autograd(_backward_of_op, setup_context=_setup)
-    register_flop_formula(_op._opoverload.overloadpacket)(_flops)
+_forward.differentiate(_setup, _backward_of_op, _flops)

@@ -23,7 +23,7 @@ from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.rows import _bounds, _sequence_of, _store, _tile
 
 COLUMNS = 64
-RUN = 512  # enough tokens to make the sum over runs cheap, few enough to fill a GPU
+RUN = 256  # enough tokens to make the sum over runs cheap, few enough to fill a GPU
 # Of a block a thread has eight channels of one token, 16 bytes of bf16, and all their taps.
 TILE = {"ROWS": 16, "COLUMNS": COLUMNS, "RUN": RUN, "num_warps": 4}
 SUMS = {"ROWS": 32, "COLUMNS": COLUMNS, "num_warps": 4}

@@ -34,6 +34,7 @@ from flacompile.ops.kernels.states import Chunks, _place, chunks_of
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
+    NARROWEST,
     _channel_sums,
     _decay_sums,
     _dot,
@@ -204,7 +205,7 @@ def tiles(K: int, V: int, dot: str, hopper: bool) -> dict[str, int]:
     BK, BV = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
     widest, C = {"ieee": (16, 16), "tf32": (32, 32), "bf16": (32, 32)}[dot]
     if dot == "bf16" and BK <= 128 and hopper:
-        widest, C = 64, 64
+        BK, BV, widest, C = max(BK, NARROWEST), max(BV, NARROWEST), 64, 64
     warps = 4 if (64 if dot == "ieee" else 128) >= BK else 8
     return {"BK": BK, "BV": min(BV, widest), "C": C, "num_warps": warps, "num_stages": 1}
 
@@ -293,6 +294,8 @@ def delta_rule_walk_back(
     dr = torch.empty_like(do)
     kept = torch.bfloat16 if dot == "bf16" else torch.float32
     states = dfinal.new_empty(chunks.total, *dfinal.shape[1:], dtype=kept)
+    if meta["C"] == 64:
+        meta = meta | {"num_warps": 8, "num_stages": 2}
     dstate = walked(
         _backward_kernel, (x.q, x.k, x.k_end, decays[0], x.total, beta, x.X, x.P, do), dfinal,
         cu_seqlens, chunks, (dr, states), scale, q.shape[:2], meta | DOTS[dot],

@@ -35,6 +35,7 @@ from flacompile.ops.kernels.states import Chunks, _place, chunks_of
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
+    NARROWEST,
     _channel_sums,
     _dot,
     _load,
@@ -178,7 +179,7 @@ def _backward_kernel(
 
 def tiles(K: int, V: int, dot: str) -> dict[str, int]:
     """Block sizes and warps of the walks."""
-    BK, BV = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
+    BK, BV = (max(NARROWEST, triton.next_power_of_2(n)) for n in (K, V))
     widest, C = {"ieee": (16, 16), "tf32": (32, 16), "bf16": (64 if BK <= 128 else 32, 32)}[dot]
     warps = 4 if (64 if dot == "ieee" else 128) >= BK else 8
     stages = 2 if dot == "bf16" else 1

@@ -30,6 +30,7 @@ from flacompile.ops.kernels.states import _carried, _place, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
+    NARROWEST,
     _channel_sums,
     _dot,
     _load,
@@ -127,7 +128,7 @@ def _keys_kernel(
 
 def key_tiles(K: int, V: int) -> dict[str, int]:
     """Block sizes and warps."""
-    BK, BV = (max(16, triton.next_power_of_2(n)) for n in (K, V))
+    BK, BV = (max(NARROWEST, triton.next_power_of_2(n)) for n in (K, V))
     return {"BK": min(BK, 64 if BV <= 128 else 32), "BV": BV, "num_warps": 4, "num_stages": 1}
 
 

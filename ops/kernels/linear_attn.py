@@ -29,6 +29,7 @@ from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
+    NARROWEST,
     _decay_sums,
     _dot,
     _load,
@@ -148,7 +149,8 @@ def tiles(K: int, V: int, diagonals: int, dot: str, hopper: bool) -> dict[str, i
         dot: what the factors of a dot are, "bf16", "tf32" or "ieee".
         hopper: compute capability 9 or newer, whose dots read their factors from shared memory.
     """
-    BK = max(16, triton.next_power_of_2(K))
+    least = NARROWEST if hopper and dot == "bf16" else 16
+    BK = max(least, triton.next_power_of_2(K))
     if dot == "ieee":
         BV, C = 32 if BK <= 64 else 16, 16
     else:
@@ -159,7 +161,7 @@ def tiles(K: int, V: int, diagonals: int, dot: str, hopper: bool) -> dict[str, i
             BV, C = 32, min(C, 32)
         if diagonals and BK > 128:
             C = 16
-    BV = min(BV, max(16, triton.next_power_of_2(V)))
+    BV = min(BV, max(least, triton.next_power_of_2(V)))
     on_tensor_cores = dot != "ieee"
     warps = 4 if (128 if on_tensor_cores else 64) >= BK or (diagonals and on_tensor_cores) else 8
     stages = 1 if diagonals or dot == "ieee" else 2
@@ -171,13 +173,14 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def num_segments(programs: Any, time: Any, fewest: int = 2) -> Any:
+def num_segments(programs: Any, time: Any, fewest: int = 2, fill: int = PROGRAMS) -> Any:
     """Into how many segments a sequence is cut, where ``programs`` walk one each without.
 
     Args:
         fewest: that pay.
+        fill: programs that fill a GPU.
     """
-    most = PROGRAMS // torch.sym_max(programs, 1)
+    most = fill // torch.sym_max(programs, 1)
     if isinstance(most, int):
         most = most if most >= fewest else 1
     return torch.sym_max(1, torch.sym_min(most, time // SHORTEST))

@@ -24,10 +24,12 @@ from torch import Tensor
 
 from flacompile.ops.kernels.columns import _between, _columns, _passes_over
 from flacompile.ops.kernels.launch import launch
+from flacompile.ops.kernels.linear_attn import is_hopper
 from flacompile.ops.kernels.states import _carried, _place, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
+    NARROWEST,
     _channel_sums,
     _decay_sums,
     _dot,
@@ -174,10 +176,10 @@ def _values_kernel(
     _store_rows(dv_c, dv, at, by, inside, vv, V)
 
 
-def tiles(K: int, V: int, dot: str) -> dict[str, int]:
+def tiles(K: int, V: int, dot: str, hopper: bool) -> dict[str, int]:
     """Block sizes and warps: the tiles of a program are few enough for 99 KiB of shared memory."""
-    BK, BV = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
-    C = 64 if dot == "bf16" and BV <= 128 else 32
+    BK, BV = (max(NARROWEST, triton.next_power_of_2(n)) for n in (K, V))
+    C = 64 if dot == "bf16" and BV <= 128 and hopper else 32
     BK = min(64 if BV <= 128 else 32, BK)
     return {"BK": BK, "BV": BV, "C": C, "num_warps": 4 if BV <= 128 else 8, "num_stages": 1}
 
@@ -206,7 +208,7 @@ def linear_attn_backward(
     B, T, H, K = q.shape
     V = v.shape[3]
     dot = dot_of(q.dtype, k.dtype, v.dtype)
-    meta = tiles(K, V, dot)
+    meta = tiles(K, V, dot, is_hopper(q.device))
     q, k, v, do, state, dfinal = (x.contiguous() for x in (q, k, v, do, state, dfinal))
     g = None if g is None else g.contiguous()
     chunks = chunks_of(cu_seqlens, state.shape[0], T, meta["C"])

@@ -26,8 +26,9 @@ from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import num_segments
 from flacompile.ops.kernels.rows import _segment, _store, _tile
 
+PROGRAMS = 396  # fill the largest GPUs, three on each multiprocessor
 # A thread has eight channels, 16 bytes of bf16, of one strip; 64 of all channels are 128 in a row.
-FORWARD = {"ROWS": 8, "STRIPS": 16, "COLUMNS": 64, "num_warps": 4}
+FORWARD = {"ROWS": 4, "STRIPS": 16, "COLUMNS": 64, "num_warps": 4}
 BACKWARD = {"ROWS": 4, "STRIPS": 16, "COLUMNS": 64, "num_warps": 4}
 
 
@@ -184,7 +185,7 @@ def _cut(
 ) -> tuple[tuple[Any, ...], Any, Tensor | None, Tensor | None]:
     """The grid, the length and number of segments, and room for what each adds, if many."""
     blocks = triton.cdiv(D, tile["COLUMNS"])
-    segments, block = num_segments(N * blocks, T), tile["ROWS"] * tile["STRIPS"]
+    segments, block = num_segments(N * blocks, T, fill=PROGRAMS), tile["ROWS"] * tile["STRIPS"]
     length = -(-T // (segments * block)) * block
     grid, sizes = (N * segments * blocks,), (length, segments)
     if isinstance(segments, int) and segments == 1:

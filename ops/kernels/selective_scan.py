@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flacompile.ops.kernels.launch import launch
-from flacompile.ops.kernels.linear_attn import num_segments
+from flacompile.ops.kernels.linear_attn import PROGRAMS, num_segments
 from flacompile.ops.kernels.rows import _segment
 from flacompile.ops.kernels.selective_tiles import (
     _inputs,
@@ -50,7 +50,8 @@ from flacompile.ops.kernels.selective_tiles import (
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-FORWARD = {"STEP": 4, "CR": 2, "num_warps": 4}
+FORWARD = {"STEP": 4, "CR": 2, "num_warps": 8}
+MANY = {"STEP": 8, "CR": 1, "num_warps": 4}  # of a forward whose channels fill a GPU by themselves
 BACKWARD = {"STEP": 4, "CR": 2, "num_warps": 4}
 SUMS = {"WIDTH": 1024, "num_warps": 4}
 
@@ -281,7 +282,8 @@ def selective_scan_forward(
     """
     (_, T, D), (G, N), sequences = u.shape, B.shape[2:], state.shape[0]
     u, dt, A, B, C, state = (x.contiguous() for x in (u, dt, A, B, C, state))
-    tile = tiles(D // G, N, FORWARD)
+    many = isinstance(sequences, int) and sequences * D >= 64 * PROGRAMS // 2
+    tile = tiles(D // G, N, MANY if many else FORWARD)
     grid, sizes, totals, ends = _cut(dt, A, G, sequences, span, tile)
 
     def run(state: Any, y: Any, final: Any, starts: Any) -> None:

@@ -24,6 +24,7 @@ from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import _join_kernel, num_segments
 from flacompile.ops.kernels.tiles import (
     DOTS,
+    NARROWEST,
     _channel_sums,
     _decay_sums,
     _dot,
@@ -160,10 +161,14 @@ def chunks_of(cu_seqlens: Tensor | None, sequences: int, time: int, size: int) -
     return Chunks(size, total, each, offsets, of, places)
 
 
-def tiles(K: int, V: int, dot: str) -> dict[str, int]:
-    """Block sizes and warps: a state in four blocks, many of which share a multiprocessor."""
-    BK, BV = (min(64, max(16, triton.next_power_of_2(n))) for n in (K, V))
-    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": 3 if dot == "bf16" else 1}
+def tiles(dot: str) -> dict[str, int]:
+    """Block sizes and warps: a state in small blocks, many of which share a multiprocessor."""
+    return {
+        "BK": NARROWEST,
+        "BV": NARROWEST,
+        "num_warps": 4,
+        "num_stages": 3 if dot == "bf16" else 1,
+    }
 
 
 def states(
@@ -200,7 +205,7 @@ def states(
     found = x.new_empty(chunks.total, H, K, V, dtype=kept)
     final = torch.empty_like(state)
     decays = (None, None) if g is None else (g, None) if g.ndim == 3 else (None, g)
-    meta = {"K": K, "V": V, "C": chunks.size, "BACK": back, **tiles(K, V, dot), **DOTS[dot]}
+    meta = {"K": K, "V": V, "C": chunks.size, "BACK": back, **tiles(dot), **DOTS[dot]}
     blocks = triton.cdiv(K, meta["BK"]) * triton.cdiv(V, meta["BV"])
     segments = num_segments(N * H * blocks // LIGHT, T)
     length = triton.cdiv(chunks.each, segments)
