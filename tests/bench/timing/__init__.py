@@ -1,0 +1,1 @@
+"""What ``speed.py`` times, how, and the floors that it holds times against."""
