@@ -1,8 +1,9 @@
 """Errors of every op against float64: output, state and each gradient.
 
-    python tests/bench/errors.py [--device cuda] [--op NAME ...] [--json errors.json]
+    python tests/bench/errors.py [--device cuda] [--jobs 16] [--op NAME ...] [--json errors.json]
 
-One row an op, variant, dtype and shape; relative norms ||x - x64|| / ||x64||, where x64 is the
+With ``--jobs`` each op and dtype has a process of its own, so many at a time: most of the time goes
+into compiling kernels. One row an op, variant, dtype and shape; relative norms ||x - x64|| / ||x64||, where x64 is the
 float64 token loop on the same rounded inputs. On a CPU the same table is of the CPU form.
 """
 
@@ -11,7 +12,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from op_cases import OPS, Args, Draw, error, function, gradients, leaves, loop, rounded
 
 LENGTHS = (100, 1000)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def errors(name: str, args: Args) -> dict[str, float]:
@@ -39,7 +43,7 @@ def errors(name: str, args: Args) -> dict[str, float]:
 def summary(rows: list[dict]) -> list[str]:
     """The largest error of each op and dtype: output, state, gradients, and those of decays."""
     lines = ["| op | dtype | output | state | gradients | gradients of decays |", "|---" * 6 + "|"]
-    for name, dtype in itertools.product(OPS, DTYPES):
+    for name, dtype in itertools.product(OPS, DTYPES.values()):
         found = [r["errors"] for r in rows if (r["op"], r["dtype"]) == (name, str(dtype))]
         decays = {f"d {key}" for key in OPS[name].decays}
         given = {key for errors in found for key in errors} - {"output", "final state"}
@@ -53,18 +57,43 @@ def summary(rows: list[dict]) -> list[str]:
     return lines
 
 
+def in_processes(options: argparse.Namespace) -> None:
+    """Each op and dtype by a process; the summary of all, and the rows of those that ended."""
+    kinds = itertools.product(options.op or OPS, options.dtype or DTYPES)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+
+        def run(kind: tuple[str, str]) -> list[dict]:
+            path = Path(folder, "-".join(kind))
+            command = [sys.executable, __file__, "--device", options.device, "--json", str(path)]
+            command += ["--op", kind[0], "--dtype", kind[1]]
+            found = subprocess.run(command, capture_output=True, text=True, check=False)
+            print(f"{' '.join(kind)}: {found.stderr.splitlines()[-1:] or 'done'}", flush=True)
+            return json.loads(path.read_text()) if path.exists() else []
+
+        rows = list(itertools.chain.from_iterable(pool.map(run, kinds)))
+    print("", *summary(rows), sep="\n")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--op", action="append", choices=OPS, help="default all")
+    options.add_argument("--dtype", action="append", choices=DTYPES, help="default all")
+    options.add_argument("--jobs", type=int, default=1, help="processes")
     options.add_argument("--json", type=Path, help="also write the rows here")
     options = options.parse_args()
+    if options.jobs > 1:
+        return in_processes(options)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{where}, torch {torch.__version__}; errors relative to the float64 loop", flush=True)
     rows = []
     for name in options.op or OPS:
         op, head = OPS[name], True
-        for variant, dtype, size, time in itertools.product(op.variants, DTYPES, op.sizes, LENGTHS):
+        dtypes = options.dtype or DTYPES
+        for variant, kind, size, time in itertools.product(op.variants, dtypes, op.sizes, LENGTHS):
+            dtype = DTYPES[kind]
             args = rounded(name, op.tensors(variant, Draw(2, time, 0.1, *size)), dtype)
             row = errors(name, [x if x is None else x.to(options.device) for x in args])
             if head:
