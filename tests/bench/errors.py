@@ -3,8 +3,9 @@
     python tests/bench/errors.py [--device cuda] [--jobs 16] [--op NAME ...] [--json errors.json]
 
 With ``--jobs`` each op and dtype has a process of its own, so many at a time: most of the time goes
-into compiling kernels. One row an op, variant, dtype and shape; relative norms ||x - x64|| / ||x64||, where x64 is the
-float64 token loop on the same rounded inputs. On a CPU the same table is of the CPU form.
+into compiling kernels. One row an op, variant, dtype and shape; relative norms ||x - x64|| / ||x64||,
+where x64 is the float64 token loop on the same rounded inputs. On a CPU the same table is of the
+CPU form.
 """
 
 from __future__ import annotations
