@@ -6,7 +6,7 @@ is adding its row: tests/test_ops.py and tests/bench/errors.py then hold it to t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -198,12 +198,15 @@ def error(got: Tensor, want: Tensor) -> float:
     return ((got - want).norm() / want.norm().clamp_min(1e-30)).item() if want.numel() else 0.0
 
 
-def gradients(outputs: tuple[Tensor, ...], args: Args, dtype: torch.dtype | None = None) -> Args:
-    """Gradients of a fixed random weighting of the outputs for each of the args."""
+def weighting(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Random numbers for each output, the same ones whatever the dtype and device."""
     generator = torch.Generator().manual_seed(0)
-    loss = sum(
-        (x * torch.randn(x.shape, generator=generator).to(x.device, x.dtype)).sum() for x in outputs
-    )
+    return [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in outputs]
+
+
+def gradients(outputs: tuple[Tensor, ...], args: Args) -> Args:
+    """Gradients of the ``weighting`` of the outputs for each of the args."""
+    loss = sum((x * y).sum() for x, y in zip(outputs, weighting(outputs), strict=True))
     given = [x for x in args if x is not None]
     found = iter(torch.autograd.grad(loss, given, materialize_grads=True))
     return [None if x is None else next(found) for x in args]

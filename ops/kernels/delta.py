@@ -30,7 +30,7 @@ from flacompile.ops.kernels.columns import _between, _columns
 from flacompile.ops.kernels.inverse import _inverse
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import Chunks, _place, chunks_of
+from flacompile.ops.kernels.states import Chunks, _place, by_kind, chunks_of
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
@@ -301,10 +301,3 @@ def delta_rule_walk_back(
         cu_seqlens, chunks, (dr, states), scale, q.shape[:2], meta | DOTS[dot],
     )  # fmt: skip
     return dr, states, dstate
-
-
-def by_kind(g: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A decay as the kernels take it: of a head, of a channel."""
-    if g is None or g.ndim == 3:
-        return (None if g is None else g.contiguous()), None
-    return None, g.contiguous()

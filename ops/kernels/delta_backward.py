@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from flacompile.ops.kernels.columns import _between, _columns, _passes_over
-from flacompile.ops.kernels.delta import by_kind, delta_rule_walk_back, tiles
+from flacompile.ops.kernels.delta import delta_rule_walk_back, tiles
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import _carried, _place, chunks_of, states
+from flacompile.ops.kernels.states import _carried, _place, by_kind, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
@@ -175,7 +175,7 @@ def delta_rule_backward(
     dbeta = state.new_empty(blocks, B, T, H)
     dg = None if decays[0] is None else torch.empty_like(dbeta)
     dgk = None if decays[1] is None else torch.empty_like(decays[1])
-    for strong in (False,) if g is None or g.ndim == 3 else (False, True):
+    for strong in (False,) if dgk is None else (False, True):
         launch(
             _keys_kernel, (chunks.total * H * blocks,), q, k, v, *decays, beta, u, do, dr, S, G,
             total, cu_seqlens, chunks.sequences, chunks.places, dq, dk, dv, dg, dgk, dbeta, scale,

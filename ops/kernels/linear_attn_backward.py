@@ -25,7 +25,7 @@ from torch import Tensor
 from flacompile.ops.kernels.columns import _between, _columns, _passes_over
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import _carried, _place, chunks_of, states
+from flacompile.ops.kernels.states import _carried, _place, by_kind, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
@@ -41,12 +41,6 @@ from flacompile.ops.kernels.tiles import (
 )
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
-
-
-@triton.jit
-def _decay_between(hi, lo, lower):
-    between = (hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :])
-    return tl.where(lower, tl.exp(tl.where(lower, between, 0.0)), 0.0)
 
 
 @triton.jit
@@ -210,12 +204,11 @@ def linear_attn_backward(
     dot = dot_of(q.dtype, k.dtype, v.dtype)
     meta = tiles(K, V, dot, is_hopper(q.device))
     q, k, v, do, state, dfinal = (x.contiguous() for x in (q, k, v, do, state, dfinal))
-    g = None if g is None else g.contiguous()
     chunks = chunks_of(cu_seqlens, state.shape[0], T, meta["C"])
     S, _, total = states(k, v, g, state, cu_seqlens, chunks, 1.0, False, dot)
     D, dstate, _ = states(q, do, g, dfinal, cu_seqlens, chunks, scale, True, dot)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    scalar, channel = (g, None) if g is None or g.ndim == 3 else (None, g)
+    scalar, channel = by_kind(g)
     blocks = triton.cdiv(K, meta["BK"])
     dg = None if scalar is None else q.new_empty(blocks, B, T, H, dtype=torch.float32)
     dgk = None if channel is None else torch.empty_like(channel)

@@ -161,6 +161,13 @@ def chunks_of(cu_seqlens: Tensor | None, sequences: int, time: int, size: int) -
     return Chunks(size, total, each, offsets, of, places)
 
 
+def by_kind(g: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A decay as the kernels take it: of a head, of a channel."""
+    if g is None or g.ndim == 3:
+        return (None if g is None else g.contiguous()), None
+    return None, g.contiguous()
+
+
 def tiles(dot: str) -> dict[str, int]:
     """Block sizes and warps: a state in small blocks, many of which share a multiprocessor."""
     return {
@@ -204,7 +211,7 @@ def states(
     kept = torch.bfloat16 if dot == "bf16" else torch.float32
     found = x.new_empty(chunks.total, H, K, V, dtype=kept)
     final = torch.empty_like(state)
-    decays = (None, None) if g is None else (g, None) if g.ndim == 3 else (None, g)
+    decays = by_kind(g)
     meta = {"K": K, "V": V, "C": chunks.size, "BACK": back, **tiles(dot), **DOTS[dot]}
     blocks = triton.cdiv(K, meta["BK"]) * triton.cdiv(V, meta["BV"])
     segments = num_segments(N * H * blocks // LIGHT, T)
