@@ -2,10 +2,10 @@
 
     python tests/bench/errors.py [--device cuda] [--jobs 16] [--op NAME ...] [--json errors.json]
 
-With ``--jobs`` each op and dtype has a process of its own, so many at a time: most of the time goes
-into compiling kernels. One row an op, variant, dtype and shape; relative norms ||x - x64|| / ||x64||,
-where x64 is the float64 token loop on the same rounded inputs. On a CPU the same table is of the
-CPU form.
+With ``--jobs`` each variant of an op and each dtype has a process of its own, so many at a time: most
+of the time goes into compiling kernels. One row an op, variant, dtype and shape, of relative norms
+||x - x64|| / ||x64||, where x64 is the float64 token loop on the same rounded inputs. On a CPU the
+same table is of the CPU form.
 """
 
 from __future__ import annotations
@@ -59,14 +59,15 @@ def summary(rows: list[dict]) -> list[str]:
 
 
 def in_processes(options: argparse.Namespace) -> None:
-    """Each op and dtype by a process; the summary of all, and the rows of those that ended."""
-    kinds = itertools.product(options.op or OPS, options.dtype or DTYPES)
+    """Each variant and dtype by a process; the summary of all, and the rows of those that ended."""
+    ops, dtypes = options.op or OPS, options.dtype or DTYPES
+    kinds = [(op, dtype, kind) for op in ops for dtype in dtypes for kind in OPS[op].variants]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
 
-        def run(kind: tuple[str, str]) -> list[dict]:
+        def run(kind: tuple[str, str, str]) -> list[dict]:
             path = Path(folder, "-".join(kind))
             command = [sys.executable, __file__, "--device", options.device, "--json", str(path)]
-            command += ["--op", kind[0], "--dtype", kind[1]]
+            command += ["--op", kind[0], "--dtype", kind[1], "--variant", kind[2]]
             found = subprocess.run(command, capture_output=True, text=True, check=False)
             print(f"{' '.join(kind)}: {found.stderr.splitlines()[-1:] or 'done'}", flush=True)
             return json.loads(path.read_text()) if path.exists() else []
@@ -82,6 +83,7 @@ def main() -> None:
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--op", action="append", choices=OPS, help="default all")
     options.add_argument("--dtype", action="append", choices=DTYPES, help="default all")
+    options.add_argument("--variant", action="append", help="default all")
     options.add_argument("--jobs", type=int, default=1, help="processes")
     options.add_argument("--json", type=Path, help="also write the rows here")
     options = options.parse_args()
@@ -92,8 +94,8 @@ def main() -> None:
     rows = []
     for name in options.op or OPS:
         op, head = OPS[name], True
-        dtypes = options.dtype or DTYPES
-        for variant, kind, size, time in itertools.product(op.variants, dtypes, op.sizes, LENGTHS):
+        kinds = itertools.product(options.variant or op.variants, options.dtype or DTYPES)
+        for (variant, kind), size, time in itertools.product(kinds, op.sizes, LENGTHS):
             dtype = DTYPES[kind]
             args = rounded(name, op.tensors(variant, Draw(2, time, 0.1, *size)), dtype)
             row = errors(name, [x if x is None else x.to(options.device) for x in args])
