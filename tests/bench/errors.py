@@ -2,7 +2,7 @@
 
     python tests/bench/errors.py [--device cuda] [--jobs 16] [--op NAME ...] [--json errors.json]
 
-With ``--jobs`` each variant of an op and each dtype has a process of its own, so many at a time: most
+With ``--jobs`` each variant of an op and dtype has a process of its own, so many at a time: most
 of the time goes into compiling kernels. One row an op, variant, dtype and shape, of relative norms
 ||x - x64|| / ||x64||, where x64 is the float64 token loop on the same rounded inputs. On a CPU the
 same table is of the CPU form.
