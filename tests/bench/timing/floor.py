@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-from .draw import Draw, Size
-from .rows import Row
 
 SOFTMAX = {  # torch counts its softmax attention on a GPU alone
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -32,14 +32,13 @@ def milliseconds_of(count: int, terabytes: float) -> float:
     return count / terabytes / 1e9
 
 
-def work(row: Row, size: Size) -> dict[str, int]:
-    """Bytes and operations of a row, by shapes alone.
+def work(f: Callable[..., Any], tensors: list[Tensor]) -> dict[str, int]:
+    """Bytes and operations of a forward, by shapes alone.
 
     Operations are those of the recurrence, token by token: no chunk's. Softmax counts all pairs.
     """
     counter = FlopCounterMode(display=False, custom_mapping=SOFTMAX)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter:
-        tensors = row.draw(Draw(size, "cpu", torch.bfloat16))
-        o = row.ours(*tensors)[0]
-        forward, both = least_bytes(tensors, o)
+    with FakeTensorMode(), torch.no_grad(), counter:
+        o = f(*(torch.empty(x.shape, dtype=x.dtype) for x in tensors))[0]
+    forward, both = least_bytes(tensors, o)
     return {"bytes": forward, "bytes both": both, "flops": counter.get_total_flops()}

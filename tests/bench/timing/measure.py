@@ -48,7 +48,7 @@ def timed(name: str, kind: str, size: Size, terabytes: float) -> dict[str, Any]:
         if kind != "peer" and name != "softmax" and not found["equal"]:
             return found | {"wrong": "two runs differ: not timed"}
         found |= measure(f, tensors)
-    found |= work(row, size) | ({"note": note} if note else {})
+    found |= work(row.ours, tensors) | ({"note": note} if note else {})
     for way in ("", " both"):
         found[f"floor{way}"] = milliseconds_of(found.pop(f"bytes{way}"), terabytes)
     return found
