@@ -55,12 +55,13 @@ def speeds(chosen: Sequence[Chosen], results: Results, until: float, peer_json: 
     copy, matmul = results.header["copy TB/s"], results.header["matmul TFLOP/s"]
     print(f"ms; peer: {where}\n\n{table.head()}", flush=True)
     for name, kind, size in chosen:
-        row = {"op": name, "kind": kind, "B": size.batch, "T": size.time, "D": size.dim}
+        row = {"op": name, "kind": kind, "B": size.batch, "T": size.time, "D": size.dim,
+               "matmul": matmul}  # fmt: skip
         if time.monotonic() > until:
             row["wrong"] = "not begun within the limit"
         else:
             row = guarded(row, partial(timed, name, kind, size, copy))
-        print(table.speed(row, matmul, published.get(key(row))), flush=True)
+        print(table.speed(row, published.get(key(row))), flush=True)
         results.add("speed", row)
 
 

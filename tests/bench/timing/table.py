@@ -32,15 +32,15 @@ def over(time: Any, floor: float) -> float | None:
     return None if isinstance(time, str) or time is None else time / floor
 
 
-def shares(row: dict[str, Any], matmul: float) -> tuple[float | None, float | None]:
+def shares(row: dict[str, Any]) -> tuple[float | None, float | None]:
     """Of the copy's and of the matmul's speed, the kernels of forward and backward.
 
-    A backward counts as two forwards' operations.
+    A backward counts as two forwards' operations; matmul is in TFLOP/s.
     """
     time = row["both kernels"]
     if isinstance(time, str):
         return None, None
-    share = 3 * row["flops"] / time / 1e9 / matmul if row["flops"] else None
+    share = 3 * row["flops"] / time / 1e9 / row["matmul"] if row["flops"] else None
     return row["floor both"] / time, share
 
 
@@ -49,14 +49,19 @@ def label(row: dict[str, Any]) -> str:
     return row["op"] if row["kind"] == "ours" else f"{row['op']}, {row['kind']}"
 
 
-def ratios(row: dict[str, Any], peer: dict[str, Any] | None) -> str:
+def factors(row: dict[str, Any], peer: dict[str, Any]) -> list[float]:
     """The peer's forward, forward and backward and memory over ours, called plainly."""
+    return [peer[way] / row[way] for way in ("forward", "both", "MiB")]
+
+
+def ratios(row: dict[str, Any], peer: dict[str, Any] | None) -> str:
+    """``factors`` in a cell, or the row's own remark."""
     if peer is None or row["kind"] == "peer":
-        return ""
-    return ", ".join(f"{peer[way] / row[way]:.1f}" for way in ("forward", "both", "MiB"))
+        return row.get("note", "")
+    return ", ".join(f"{factor:.1f}" for factor in factors(row, peer))
 
 
-def speed(row: dict[str, Any], matmul: float, peer: dict[str, Any] | None) -> str:
+def speed(row: dict[str, Any], peer: dict[str, Any] | None) -> str:
     """A line under HEAD, or what is wrong with the row."""
     start = [label(row), f"{row['B']} x {row['T']}"]
     if "wrong" in row:
@@ -66,9 +71,9 @@ def speed(row: dict[str, Any], matmul: float, peer: dict[str, Any] | None) -> st
         kernels = row[f"{way} kernels"]
         cells += [number(row[way], ".3f"), number(kernels, ".3f")]
         cells += [number(over(kernels, floor), ".1f")]
-    copy, matmul_share = shares(row, matmul)
+    copy, matmul_share = shares(row)
     cells += [number(copy, ".0%"), number(matmul_share, ".1%"), number(row["MiB"], ".0f")]
-    return line([*start, *cells, row["note"] if "note" in row else ratios(row, peer)])
+    return line([*start, *cells, ratios(row, peer)])
 
 
 def cold(label: str, row: dict[str, Any]) -> str:
