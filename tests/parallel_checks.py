@@ -10,7 +10,7 @@ import json
 import os
 import traceback
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from mixer_cases import SIZES, variants
 from mixer_inputs import WIDTH
 from models import MODELS
 from op_cases import OPS, Draw, error, function, gradients, leaves, tokens
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import (
     DeviceMesh,
     DTensor,
@@ -33,8 +34,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import flacompile
-from flacompile.distill import Recipe, Stage
+from flacompile.distill import Recipe, Stage, processes
 from flacompile.distill.log import read_json_lines
+from flacompile.distill.prepare import compiled
 from flacompile.layers import MIXERS
 from flacompile.ops.sharding import AXES
 from flacompile.parallel import MixerParallel, context_parallel, tensor_parallel_plan
@@ -222,6 +224,23 @@ def a_converted_model_is_split_like_the_original(mesh: DeviceMesh):
             assert longer[:, t].equal(model(longer[:, :t]).logits[:, -1].argmax(-1))
 
 
+def a_shared_mixer_is_compiled_whole(mesh: DeviceMesh):
+    """FSDP's own hooks stand outside of the graph; the sizes of a config are no variables in it."""
+    module, x, weight = mixer("gla"), random(2, TIME, WIDTH), random(2, TIME, WIDTH).cos()
+    y, _, want = trained(module, x, weight)
+    processes._split(module, mesh)
+    counters.clear()
+    by_dynamo = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", by_dynamo)
+        with compiled([module]):
+            y_compiled, _, found = trained(module, x, weight / mesh.size())
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    alike("y", y_compiled, y)
+    for key in want:
+        alike(key, found[key] * (mesh.size() if key == "x" else 1), want[key])
+
+
 def a_converted_model_reads_a_part_of_the_sequence(mesh: DeviceMesh):
     model, ids = converted("llama")
     want = model(ids).logits
@@ -315,6 +334,7 @@ CHECKS = {
     "mixers split by heads": mixers_are_split_by_heads,
     "mixers in turn": mixers_take_the_state_of_the_rank_before,
     "model split by heads": a_converted_model_is_split_like_the_original,
+    "compiled": a_shared_mixer_is_compiled_whole,
     "model in turn": a_converted_model_reads_a_part_of_the_sequence,
     "refusals": what_cannot_be_split_is_refused,
     "distillation": partial(is_the_run, "together", "in parts"),

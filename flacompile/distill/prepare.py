@@ -76,12 +76,17 @@ def untied(model: nn.Module, recipe: Recipe) -> Iterator[None]:
 
 @contextmanager
 def compiled(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Calls of these modules go through torch.compile inside."""
+    """Calls of these modules go through torch.compile inside.
+
+    Sizes of tensors may vary. The numbers of a config may not: those of a module that FSDP split
+    would else be variables, on which no error can be worded and no kernel's tile fixed.
+    """
     changed = list(modules)
     for module in changed:
         module.compile(dynamic=True)
     try:
-        yield
+        with torch._dynamo.config.patch(specialize_int=True):
+            yield
     finally:
         for module in changed:
             module._compiled_call_impl = None
