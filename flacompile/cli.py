@@ -15,14 +15,17 @@ from typing import Any
 import torch
 
 import flacompile
+from flacompile.data import Corpus, read
 from flacompile.distill import PRESETS, Recipe, processes, read_recipe
 from flacompile.evaluate import Suite
 from flacompile.evaluate.page import markdown
 from flacompile.export import STAGES
-from flacompile.keep import METHODS, Keep
+from flacompile.keep import BATCHES, METHODS, Keep
 from flacompile.layers import MIXERS
 from flacompile.runner import Clock, Package, Sampling, generate, sampling_options
 from flacompile.text import pieces
+
+CALIBRATION = 4096  # tokens of the data that a conversion is fitted to before it is distilled
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,6 +77,10 @@ def parser() -> argparse.ArgumentParser:
     distill.add_argument("--logits-steps", type=int, help="steps of logits")
     distill.add_argument("--batch-size", type=int, help="rows of a step")
     distill.add_argument("--length", type=int, help="tokens of a row")
+    distill.add_argument(
+        "--device", default=_device(), help="that one process trains on; under torchrun each has "
+        "its own; here: %(default)s",
+    )  # fmt: skip
     distill.add_argument("--tensorboard", action="store_true", help="events in OUT/tensorboard too")
 
     evaluate = add("eval", "Measure a model on text, its teacher beside it: loss, recall, speed.")
@@ -87,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--tasks", default="", help="of lm-eval, such as lambada_openai,arc_easy")
     evaluate.add_argument("--task-limit", type=int, help="examples of a task; default all")
-    evaluate.add_argument("--device", default="cpu", help="default: %(default)s")
+    evaluate.add_argument("--device", default=_device(), help="here: %(default)s")
 
     export = add("export", "Write a model as one .pt2 package that needs no Python.")
     export.add_argument("model", type=Path, help="a folder written by convert or distill")
@@ -106,6 +113,12 @@ def parser() -> argparse.ArgumentParser:
     continues.add_argument("--prompt", required=True, help="text to continue")
     sampling_options(continues)
     return top
+
+
+def _device() -> str:
+    """The accelerator's name where there is one."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
 
 
 def read_model(path: str) -> tuple[Any, Any]:
@@ -160,15 +173,21 @@ def run(options: argparse.Namespace) -> None:
     if options.command in ("convert", "distill"):
         recipe = recipe_of(options) if options.command == "distill" else Recipe()
         model, tokenizer = read_model(options.model)
+        data = calibration = None
+        if options.command == "distill" and options.data != "self":
+            data = read(options.data, tokenizer, recipe.data)
+            length = recipe.sequence_length
+            training, _ = data.split(recipe.heldout, length, length)
+            calibration = training.rows(CALIBRATION, length).chunk(BATCHES)
         flacompile.convert(
             model, options.mixer, keep=read_keep(options.keep), window=options.window,
-            init=options.init,
+            init=options.init, calibration=calibration,
         )  # fmt: skip
         first = processes.rank() == 0
         if first:
             print(flacompile.report(model))
         if options.command == "distill":
-            text = _distill(model, tokenizer, recipe, options)
+            text = _distill(model, data, tokenizer, recipe, options)
             if first:
                 print(text)
         if first:
@@ -213,16 +232,20 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     )
 
 
-def _distill(model: Any, tokenizer: Any, recipe: Recipe, options: argparse.Namespace) -> str:
+def _distill(
+    model: Any, data: Corpus | None, tokenizer: Any, recipe: Recipe, options: argparse.Namespace
+) -> str:
     if processes.rank() == 0:
         print(
             f"checkpoints go to {options.out} every {recipe.checkpoint_every} steps; a run that is "
             "stopped goes on from the last one by the same command, with any number of processes",
             file=sys.stderr,
         )
+    if processes.size() == 1:
+        model.to(options.device)
     flacompile.distill(
         model,
-        None if options.data == "self" else options.data,
+        data,
         recipe,
         tokenizer=tokenizer,
         out=options.out,

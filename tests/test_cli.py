@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import flacompile
 from flacompile.cli import main, read_keep
 
 TEACHER = Path(__file__).parent / "teacher"
@@ -24,6 +27,27 @@ def test_distill_then_generate(tmp_path, capsys):
     }
     assert main(["generate", str(out), "--prompt", "Return the", "--tokens", "5"]) == 0
     assert "Return the" in capsys.readouterr().out
+
+
+def test_a_conversion_is_fitted_to_the_data_and_trained_on_the_device(monkeypatch, tmp_path):
+    """Not to random tokens; and never to what is held out."""
+    tokens, seen = torch.arange(2000) % 50, {}
+    np.save(tmp_path / "a.npy", tokens.numpy())
+
+    def convert(model, mixer, *, calibration, **_):
+        seen["calibration"] = torch.cat(list(calibration))
+
+    def distill(model, data, *_, **__):
+        seen["device"] = next(model.parameters()).device.type
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(flacompile, "convert", convert)
+    monkeypatch.setattr(flacompile, "report", lambda model: "")
+    monkeypatch.setattr(flacompile, "distill", distill)
+    command = ["distill", str(TEACHER), str(tmp_path / "a.npy"), str(tmp_path)]
+    assert main([*command, "--length", "64", "--device", "meta"]) == 2
+    assert seen["calibration"].equal(tokens[: 1900 // 64 * 64].view(-1, 64))
+    assert seen["device"] == "meta"
 
 
 @pytest.mark.parametrize(
