@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import parallel_checks
 import pytest
+from bench.processes import kill_last_rank, torchrun
 
 from flacompile.cli import main
 from flacompile.distill.log import read_json_lines
@@ -38,36 +36,16 @@ checkpoint_every: 1
 """
 
 
-def workers(launcher: subprocess.Popen) -> list[int]:
-    """Its child processes, in the order of their ranks."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    return [int(pid) for pid in children.read_text().split()]
-
-
-def test_killed_rank_loses_nothing_after_the_last_checkpoint(tmp_path):
+def test_killed_rank_loses_nothing_after_the_last_checkpoint(tmp_path, monkeypatch):
     """Two processes by the user's own command; the second is killed, one process goes on."""
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     out, log = tmp_path / "out", tmp_path / "out" / "log.jsonl"
     errors = tmp_path / "errors.txt"
     command = ["distill", str(TEACHER), str(TEACHER / "heldout.txt"), str(out)]
     command += ["--recipe", str(tmp_path / "recipe.yaml"), "--init", "neutral"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with errors.open("wb") as stream:
-        launcher = subprocess.Popen(
-            [*torchrun, "--standalone", "-m", "flacompile", *command],
-            stderr=stream,
-            env=environment,
-        )
-    ends = time.monotonic() + 300
-    try:
-        while not log.exists() or log.read_text().count("\n") < 3:
-            assert launcher.poll() is None and time.monotonic() < ends, errors.read_text()
-            time.sleep(0.005)
-        os.kill(workers(launcher)[1], signal.SIGKILL)
-        assert launcher.wait(timeout=60), errors.read_text()
-    finally:
-        launcher.terminate()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    kill_last_rank([*torchrun(2), "-m", "flacompile", *command], log, 3, errors)
     assert "goes on from the last one by the same command" in errors.read_text()
     done = max(out.glob("checkpoint-?-???????"))
     before = read_json_lines(log)[: 2 * int(done.name[11]) + int(done.name[13:])]
