@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -72,10 +72,12 @@ def in_processes(options: argparse.Namespace) -> None:
             print(f"{' '.join(kind)}: {found.stderr.splitlines()[-1:] or 'done'}", flush=True)
             return json.loads(path.read_text()) if path.exists() else []
 
-        rows = list(itertools.chain.from_iterable(pool.map(run, kinds)))
+        rows: list[dict] = []
+        for done in as_completed([pool.submit(run, kind) for kind in kinds]):
+            rows += done.result()
+            if options.json:  # now, so that a time limit loses only what comes after
+                options.json.write_text(json.dumps(rows, indent=1))
     print("", *summary(rows), sep="\n")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
 
 
 def main() -> None:
