@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import decode
 from .check import BOUND, worst
@@ -54,7 +55,16 @@ def timed(name: str, kind: str, size: Size, terabytes: float) -> dict[str, Any]:
     return found
 
 
-def first_call(label: str, sizes: list[Size]) -> dict[str, float]:
+def once(f: Callable[..., Any], tensors: list[Tensor]) -> float:
+    """Seconds of one forward and backward."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    both(f, tensors, torch.ones_like(f(*tensors)[0]))
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def first_call(label: str, sizes: list[Size]) -> dict[str, float | str]:
     """Seconds of the first forward and backward in this process, then those of other sizes."""
     name, _, kind = label.partition(" ")
     if kind == "decode":
@@ -62,15 +72,16 @@ def first_call(label: str, sizes: list[Size]) -> dict[str, float]:
         begin = time.perf_counter()
         decode.error(name, decode.compiled(name), tensors, state)
         return {"first": time.perf_counter() - begin}
-    seconds = []
+    seconds: list[float] = []
     with timing_only(name) if kind == "peer" else nullcontext():
         for size in sizes:
             row = rows(size.heads, size.dim)[name]
             f = function(name, kind or "ours", row)
-            tensors = leaves(row.draw(Draw(size, "cuda", torch.bfloat16)))
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            both(f, tensors, torch.ones_like(f(*tensors)[0]))
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
+            try:
+                tensors = leaves(row.draw(Draw(size, "cuda", torch.bfloat16)))
+                seconds.append(once(f, tensors))
+            except Exception as reason:  # out of memory beside the others: the first was measured
+                if not seconds:
+                    raise
+                return {"first": seconds[0], "others": said(reason)}
     return {"first": seconds[0], "others": sum(seconds[1:])}

@@ -47,9 +47,15 @@ def origin(headers: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def known_peers(rows: list[dict[str, Any]]) -> dict[Key, dict[str, Any]]:
+    """The peer's rows of the same run, else the published ones."""
+    timed = {key(row): row for row in rows if row["kind"] == "peer" and "wrong" not in row}
+    return peers(PUBLISHED)[1] | timed
+
+
 def speed_tables(parts: Parts) -> str:
     """A table for each head dimension and shape, with the means of what the peer takes."""
-    published, tables = peers(PUBLISHED)[1], []
+    published, tables = known_peers(parts["speed"]), []
     for dim, shape in product(sorted({row["D"] for row in parts["speed"]}, reverse=True), SHAPES):
         rows = [r for r in parts["speed"] if (r["D"], r["B"], r["T"]) == (dim, *shape)]
         if not rows:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .curves import crossing, curves, has_kernels
-from .results import PUBLISHED, key, peers
+from .page import known_peers
+from .results import key
 
 STYLE = {"svg.hashsalt": "flacompile", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 SMALL = (8, 2048, 128)
@@ -21,9 +22,9 @@ def over_floor(rows: list[dict[str, Any]], path: Path) -> None:
     """Over the memory floor at the small shape, the peer's calls as marks."""
     import matplotlib.pyplot as plt
 
+    published = known_peers(rows)
     rows = [r for r in rows if r["kind"] == "ours" and (r["B"], r["T"], r["D"]) == SMALL]
     rows = [r for r in rows if has_kernels(r)]
-    published = peers(PUBLISHED)[1]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 3.5))
         ways = (("forward", "floor", -0.2), ("both", "floor both", 0.2))
