@@ -13,15 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Shard
 
 from flacompile.ops.validate import expect
+
+if TYPE_CHECKING:  # half a second of imports, for what runs over several devices
+    from torch.distributed.tensor import DeviceMesh
 
 _mesh: DeviceMesh | None = None
 
@@ -113,6 +115,8 @@ def tokens_before(count: int, device: torch.device) -> Tensor:
 
 def gathered(x: Tensor) -> Tensor:
     """x of every rank, [ranks, ...], differentiable."""
+    from torch.distributed.tensor import DTensor, Partial, Shard
+
     assert _mesh is not None
     expect(not isinstance(x, DTensor), "context_parallel", "tensors of one rank", "a DTensor")
     shards = DTensor.from_local(x[None].contiguous(), _mesh, [Shard(0)], run_check=False)

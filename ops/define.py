@@ -7,7 +7,7 @@ tracing, so one plain function chooses, and each op keeps one device.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -15,12 +15,8 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch._library.triton import set_wrap_triton_enabled
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.experimental import register_sharding
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
-
-from flacompile.ops.sharding import AXES, rules
 
 NAMESPACE = "flacompile"
 
@@ -117,27 +113,35 @@ def define(
             f"{NAMESPACE}::{name}", cpu, mutates_args=(), device_types="cpu"
         )
     else:
-        on_cpu = torch.library.triton_op(f"{NAMESPACE}::{name}", visible, mutates_args=())
+        on_cpu = torch.library.triton_op(
+            f"{NAMESPACE}::{name}", _unsearched(visible), mutates_args=()
+        )
         on_cpu.register_kernel("cpu")(cpu)
-    on_cuda: Any = torch.library.triton_op(f"{NAMESPACE}::{name}_cuda", cuda, mutates_args=())
+    on_cuda: Any = torch.library.triton_op(
+        f"{NAMESPACE}::{name}_cuda", _unsearched(cuda), mutates_args=()
+    )
     for op in (on_cpu, on_cuda):
         op.register_fake(fake)
-        if name in AXES:
-            register_sharding(op._opoverload)(partial(rules, name))
     return Op(on_cpu, on_cuda, cuda)
 
 
+def _unsearched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same without a source, which ``triton_op`` would search for kernels.
+
+    That imports Inductor, a second, and finds none: launchers are imported where they are called.
+    """
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    call.__wrapped__ = partial(function)  # whose signature is known, and whose source is not
+    return call
+
+
 def _placed(args: tuple[Any, ...]) -> tuple[Any, ...] | list[Any]:
-    return _as_dtensors(args) if isinstance(args[0], DTensor) else args
+    if type(args[0]) in (Tensor, Parameter):
+        return args
+    from flacompile.ops import sharding  # DTensor takes half a second to import
 
-
-def _as_dtensors(args: tuple[Any, ...]) -> list[Any]:
-    """Plain tensors too, whole on every rank: autograd makes such zeros for missing gradients."""
-    mesh = args[0].device_mesh
-    whole = [Replicate()] * mesh.ndim
-
-    def known(x: Any) -> Any:
-        plain = isinstance(x, Tensor) and not isinstance(x, DTensor)
-        return DTensor.from_local(x, mesh, whole, run_check=False) if plain else x
-
-    return [known(x) for x in args]
+    return sharding.placed(args)

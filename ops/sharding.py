@@ -11,9 +11,13 @@ with their channels where they go evenly to the ranks, and are whole where there
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from torch.distributed.tensor import Partial, Placement, Replicate, Shard
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
 
 # inputs -> outputs; a dot is no tensor
 AXES = {
@@ -78,3 +82,26 @@ def _channels(inputs: list[str], args: tuple[Any, ...]) -> list[str]:
     if groups.shape[2] == 1:
         return ["C"]
     return ["CG"] if groups.shape[2] % groups.mesh.size() == 0 else []
+
+
+def placed(args: tuple[Any, ...]) -> tuple[Any, ...] | list[Any]:
+    """The arguments of an op; all its tensors are DTensors if the first one is.
+
+    Autograd makes plain zeros for missing gradients: those are whole on every rank.
+    """
+    if not isinstance(args[0], DTensor):
+        return args
+    mesh = args[0].device_mesh
+    whole = [Replicate()] * mesh.ndim
+
+    def known(x: Any) -> Any:
+        plain = isinstance(x, Tensor) and not isinstance(x, DTensor)
+        return DTensor.from_local(x, mesh, whole, run_check=False) if plain else x
+
+    return [known(x) for x in args]
+
+
+for _name in AXES:
+    for _op in (_name, f"{_name}_cuda"):
+        _overload = getattr(torch.ops.flacompile, _op).default
+        register_sharding(_overload)(partial(rules, _name))

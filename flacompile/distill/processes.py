@@ -11,23 +11,17 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import (
-    DeviceMesh,
-    DTensor,
-    Partial,
-    Shard,
-    distribute_tensor,
-    init_device_mesh,
-)
 
 from flacompile.distill.prepare import blocks
 from flacompile.passes.swap_attention import student_state, swapped
+
+if TYPE_CHECKING:  # where needed it is imported inside: DTensor takes half a second
+    from torch.distributed.tensor import DeviceMesh
 
 
 @contextmanager
@@ -88,6 +82,10 @@ def of_the_first(value: int) -> int:
 
 def whole(x: Any) -> Any:
     """A tensor that may be split, gathered; its gradient is summed over the processes."""
+    if size() == 1:
+        return x
+    from torch.distributed.tensor import DTensor, Partial
+
     return x.full_tensor(grad_placements=[Partial()]) if isinstance(x, DTensor) else x
 
 
@@ -115,6 +113,8 @@ def split(model: nn.Module) -> nn.Module:
     """
     if size() == 1:
         return model
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), 0)
     accelerator = torch.accelerator.current_accelerator()
@@ -132,6 +132,8 @@ def split(model: nn.Module) -> nn.Module:
 
 
 def _split(module: nn.Module, mesh: DeviceMesh) -> None:
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     fully_shard(module, mesh=mesh)
     assert isinstance(module, FSDPModule)
     module.set_force_sum_reduction_for_comms(True)

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.package import package_aoti
 from torch.export import ExportedProgram
 
 from flacompile import __version__, hf
@@ -65,6 +64,7 @@ def export(
         ValueError: an attention that cannot be proved, max_length missing, or the gate failed.
     """
     from safetensors.torch import save_file
+    from torch._inductor.package import package_aoti
 
     path = Path(path)
     expect(path.suffix == ".pt2", "path", "a name that ends in .pt2", path.name)
