@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import mixer_table
 import pytest
 
 from flacompile.layers import MIXERS
@@ -55,13 +57,30 @@ def test_blocks_run(page, tmp_path, monkeypatch):
             exec(compile(block, str(ROOT / name), "exec"), module.__dict__)
 
 
-@pytest.fixture(scope="module")
-def hooks() -> ModuleType:
-    """What makes the table of mixers when the documentation is built."""
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+def script(name: str) -> ModuleType:
+    """A file of docs/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_what_works_is_tested():
+    assert mixer_table.TABLE.search(mixer_table.README.read_text())[0] == mixer_table.table()
+
+
+def test_the_plot_is_of_these_figures():
+    context = script("context")
+    sizes = context.kept()
+    assert context.caption(sizes) in " ".join((ROOT / "README.md").read_text().split())
+    assert context.description(sizes) in html.unescape(context.PLOT.read_text())
+    assert len(context.speeds()) == 3
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    """What makes the table of mixers when the documentation is built."""
+    return script("hooks")
 
 
 @pytest.mark.parametrize("name", MIXERS)
