@@ -143,9 +143,8 @@ def _example_of(size: int | torch.SymInt) -> int:
     """A size, or where it is symbolic that of the example, without a guard on it."""
     if isinstance(size, int):
         return size
-    from torch.fx.experimental.symbolic_shapes import optimization_hint
-
-    return optimization_hint(size, fallback=FEW + 1)
+    hint = size.node.hint
+    return FEW + 1 if hint is None else int(hint)
 
 
 def _forward_cuda(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:

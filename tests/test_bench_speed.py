@@ -140,6 +140,17 @@ def test_kernel_caches_are_joined(tmp_path):
     assert Path(group["child_paths"]["k.cubin"]).is_relative_to(shared)
 
 
+def test_a_kernel_that_is_there_is_not_written_over(tmp_path):
+    """A process may have it loaded."""
+    for name, text in (("own", "new"), ("shared", "loaded")):
+        (tmp_path / name / "HASH").mkdir(parents=True)
+        (tmp_path / name / "HASH" / "launcher.so").write_text(text)
+    loaded = tmp_path / "shared" / "HASH" / "launcher.so"
+    before = loaded.stat().st_ino
+    processes.join(tmp_path / "own", tmp_path / "shared")
+    assert (loaded.read_text(), loaded.stat().st_ino) == ("loaded", before)
+
+
 def test_table_of_a_cpu(tmp_path, command):
     size = ("--shape", "1,20", "--heads", "1", "--dim", "4")
     command("speed.py", "--device", "cpu", "--op", "hgrn", *size, "--json", str(tmp_path / "found"))

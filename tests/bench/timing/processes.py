@@ -40,13 +40,20 @@ def alone(arguments: Sequence[str], cache: Path, timeout: float) -> dict[str, An
 
 
 def join(cache: Path, shared: Path) -> None:
-    """Copies a kernel cache into another; a group of Triton's names its files in full."""
-    if not cache.exists():
-        return
-    shutil.copytree(cache, shared, dirs_exist_ok=True)
-    for group in cache.rglob("__grp__*.json"):
-        text = group.read_text().replace(str(cache), str(shared))
-        (shared / group.relative_to(cache)).write_text(text)
+    """Copies what a kernel cache has and another lacks; a group of Triton's names files in full.
+
+    What is there stays: a library written over while a process has it loaded ends that process.
+    """
+    for path in (path for path in cache.rglob("*") if path.is_file()):
+        target = shared / path.relative_to(cache)
+        if target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.part")
+        shutil.copy2(path, part)
+        if path.name.startswith("__grp__"):
+            part.write_text(path.read_text().replace(str(cache), str(shared)))
+        part.rename(target)
 
 
 def first_calls(
