@@ -20,7 +20,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flacompile.ops.kernels import conv, dplr, linear_attn, scan, selective_scan, ternary, tiles
+from flacompile.ops.kernels import (
+    conv,
+    delta,
+    delta_backward,
+    dplr,
+    dplr_backward,
+    linear_attn,
+    linear_attn_backward,
+    scan,
+    selective_scan,
+    states,
+    ternary,
+    tiles,
+    walk,
+)
 from flacompile.ops.selective_scan import SPAN
 
 DECAYS = ("none", "g", "gk", "gv", "g gk", "g gv", "gk gv")
@@ -124,34 +138,118 @@ def selective_scan_variants():
             yield Variant(name, function, forms[form], constants, even=even)
 
 
-def dplr_variants():
-    """Everything at the most common shape; at the others the widest sweep once a dtype."""
-    for decay, dtype, writes, reverse in product(("g", "gk"), DTYPES, (1, 2), (False, True)):
-        yield from dplr_variant(decay, dtype, *SHAPES[0], writes, reverse)
-    for (K, V), dtype in product(SHAPES[1:], DTYPES):
-        yield from dplr_variant("gk", dtype, K, V, 2, False)
+def chunk_variants():
+    """Every form in bf16 at the most common shape; elsewhere what there is of most decays.
+
+    Only tiles of bf16 know architectures; sm_80 stands for the one with less shared memory.
+    """
+    for arch in ARCHITECTURES:
+        yield from by_chunks("bf16", *SHAPES[0], arch, full=True)
+        yield from by_chunks("bf16", *SHAPES[2], arch)
+    for dtype, shape in product(("fp16", "fp32"), (SHAPES[0], SHAPES[2])):
+        yield from by_chunks(dtype, *shape, 80)
+    yield from by_chunks("bf16", *SHAPES[3], 90)
 
 
-def dplr_variant(decay, dtype, K, V, writes, reverse):
-    """Both kernels of a sweep with one write or two; back in time it is of a pack."""
+def by_chunks(dtype, K, V, arch, full=False):
+    yield from states_variants(dtype, K, V, arch, full)
+    for op in BY_CHUNKS:
+        yield from inside_variants(op, dtype, K, V, arch, full)
+    for op in ("delta_rule", "dplr"):
+        yield from walk_variants(op, dtype, K, V, arch, full)
+
+
+BY_CHUNKS = {  # an op's modules: walks, gradients
+    "linear_attn": (None, linear_attn_backward),
+    "delta_rule": (delta, delta_backward),
+    "dplr": (dplr, dplr_backward),
+}
+
+
+def chunk_types(op, dtype, decay):
+    """Of every argument that a kernel by chunks may have; decays a channel are of a pack."""
+    kept = "*bf16" if dtype == "bf16" else "*fp32"
+    types = typed("q k v a b u x y x2 y2 o beta do dr dq dk dv da db", f"*{dtype}")
+    types |= typed("X E P R S D G states", kept) | {"scale": "fp32"}
+    types |= typed(f"{decay} d{decay} state final dbeta ends moved starts", "*fp32")
+    types |= typed("T H N CHUNKS ROWS SEGMENT SEGMENTS", "i32")
+    if decay == "gk":
+        types |= typed("q_in a_in k_in b_end k_end", kept if op == "dplr" else f"*{dtype}")
+        types |= typed("total decays total_k", "*fp32")
+        types |= typed("cu_seqlens offsets sequences places", "*i64")
+    return types
+
+
+def typed(names, of):
+    return dict.fromkeys(names.split(), of)
+
+
+def without(types, names):
+    return {name: of for name, of in types.items() if name not in names.split()}
+
+
+def chunk_tiles(op, K, V, dot, arch):
+    """Of the walks of an op, and of what it does with all chunks at once."""
+    if op == "linear_attn":
+        meta = linear_attn_backward.tiles(K, V, dot, arch >= 90)
+        return meta, meta
+    walks, gradients = BY_CHUNKS[op]
+    meta = walks.tiles(K, V, dot, arch >= 90)
+    return meta, {"C": meta["C"]} | gradients.key_tiles(K, V)
+
+
+def states_variants(dtype, K, V, arch, full):
+    """With two writes, or of one in either direction and the first pass over segments."""
     dot = DTYPES[dtype]
-    types = dict.fromkeys("abuo", f"*{dtype}") | {decay: "*fp32", "scale": "fp32"}
-    types |= dict.fromkeys(("state", "final_state"), "*fp32")
-    types |= dict.fromkeys(("T", "H", "N", "CHUNKS"), "i32")
-    kept = "*bf16" if dot == "bf16" else "*fp32"
-    has_q, has_k = writes == 2 or not reverse, writes == 2 or reverse
-    types |= {"X": kept} | ({"q": f"*{dtype}", "QU": kept} if has_q else {})
-    types |= {"k": f"*{dtype}", "v": f"*{dtype}", "XV": kept} if has_k else {}
-    types |= {"QV": kept} if has_q and has_k else {}
-    types |= {"c": f"*{dtype}"} if writes == 1 and not reverse else {}
-    if reverse:
-        types |= dict.fromkeys(("cu_seqlens", "sequences", "places"), "*i64")
-    constants = {"K": K, "V": V, "REVERSE": reverse, "LIMIT": tiles.LIMITS[dot]}
-    constants |= dplr.tiles(K, V, dot, 128) | tiles.DOTS[dot]
-    back = ", reverse" if reverse else ""
-    for kernel in ("inside", "sweep"):
-        name = f"dplr {kernel}, {decay}, {writes} writes{back}, {dtype}, {K}x{V}"
-        yield Variant(name, getattr(dplr, f"_{kernel}_kernel"), types, constants)
+    constants = {"K": K, "V": V, "BACK": False, **states.tiles(dot), **tiles.DOTS[dot]}
+    two = constants | {"C": dplr.tiles(K, V, dot, arch >= 90)["C"]}
+    constants["C"] = delta.tiles(K, V, dot, arch >= 90)["C"]
+    types, size = chunk_types("", dtype, "gk"), f"{dtype}, {K}x{V}"
+    whole = without(types, "ends total total_k")
+    forms = {"gk": (without(whole, "x2 y2"), constants), "gk, 2 writes": (whole, two)}
+    if full:
+        first = without(types, "x2 y2 states decays total state")
+        scalar = without(chunk_types("", dtype, "g"), "x2 y2 ends")
+        forms |= {"gk, first pass": (first, constants), "g": (scalar, constants)}
+        forms["g, back"] = scalar, constants | {"BACK": True}
+        join = {"K": K, "V": V, "BK": 64, "BV": 32, "num_warps": 4}
+        yield Variant(f"join, {size}", walk._join_kernel, types, join, (arch,))
+    for form, (given, meta) in forms.items():
+        yield Variant(f"states, {form}, {size}", states._states_kernel, given, meta, (arch,))
+
+
+def inside_variants(op, dtype, K, V, arch, full):
+    """What is done with all chunks at once; decays too strong to be factored in a launch apart."""
+    dot, (forward, backward) = DTYPES[dtype], BY_CHUNKS[op]
+    walks, keys = chunk_tiles(op, K, V, dot, arch)
+    width = max(16, triton.next_power_of_2(K))
+    common = {"K": K, "LIMIT": tiles.LIMITS[dot], **tiles.DOTS[dot]}
+    for decay in ("g", "gk") if full and op != "dplr" else ("gk",):
+        types, size = chunk_types(op, dtype, decay), f"{decay}, {dtype}, {K}x{V}"
+        if forward is not None:
+            meta = {"C": walks["C"], "num_warps": 2 if decay == "g" else 4, "num_stages": 1}
+            meta |= common | {"BK": width}
+            yield Variant(f"{op} inside, {size}", forward._inside_kernel, types, meta, (arch,))
+        kernels = ("keys", "values") if op == "linear_attn" else ("keys",)
+        kinds = ("", "strong, ") if full and decay == "gk" else ("",)
+        for kernel, strong in product(kernels, kinds):
+            meta = common | keys | {"V": V, "STRONG": strong != "", "ALL": width}
+            function = getattr(backward, f"_{kernel}_kernel")
+            yield Variant(f"{op} {kernel}, {strong}{size}", function, types, meta, (arch,))
+
+
+def walk_variants(op, dtype, K, V, arch, full):
+    """The walk of an op in either direction, and the first one, which finds how states move."""
+    dot = DTYPES[dtype]
+    meta = {"K": K, "V": V, **chunk_tiles(op, K, V, dot, arch)[0], **tiles.DOTS[dot]}
+    metas = {"forward": meta, "backward": delta.back_tiles(meta) if op == "delta_rule" else meta}
+    absent = {"": "ends moved"} | ({"first, ": "state u o dr dv states"} if full else {})
+    for decay in ("g", "gk") if full and op == "delta_rule" else ("gk",):
+        types = chunk_types(op, dtype, decay)
+        for (form, names), (kernel, constants) in product(absent.items(), metas.items()):
+            name = f"{op} {kernel}, {form}{decay}, {dtype}, {K}x{V}"
+            function, given = getattr(BY_CHUNKS[op][0], f"_{kernel}_kernel"), without(types, names)
+            yield Variant(name, function, given, constants, (arch,))
 
 
 def ternary_variants():
@@ -174,7 +272,7 @@ VARIANTS = (
     conv_variants,
     scan_variants,
     selective_scan_variants,
-    dplr_variants,
+    chunk_variants,
     ternary_variants,
 )
 

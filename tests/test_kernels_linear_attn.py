@@ -156,6 +156,15 @@ def test_runs_are_bit_equal(device):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("capability", "is_hopper"),
+    [((8, 9), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)],
+)
+def test_large_tiles_are_for_large_shared_memory(monkeypatch, capability, is_hopper):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert kernels.is_hopper(torch.device("cuda")) == is_hopper
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kinds", DECAYS)

@@ -210,6 +210,11 @@ def tiles(K: int, V: int, dot: str, hopper: bool) -> dict[str, int]:
     return {"BK": BK, "BV": min(BV, widest), "C": C, "num_warps": warps, "num_stages": 1}
 
 
+def back_tiles(walk: dict[str, int]) -> dict[str, int]:
+    """Those of the walk back, on the chunks of the walk forward."""
+    return walk | {"num_warps": 8, "num_stages": 2} if walk["C"] == 64 else walk
+
+
 class Inside(NamedTuple):
     """What the walks read of all chunks but values.
 
@@ -294,10 +299,8 @@ def delta_rule_walk_back(
     dr = torch.empty_like(do)
     kept = torch.bfloat16 if dot == "bf16" else torch.float32
     states = dfinal.new_empty(chunks.total, *dfinal.shape[1:], dtype=kept)
-    if meta["C"] == 64:
-        meta = meta | {"num_warps": 8, "num_stages": 2}
     dstate = walked(
         _backward_kernel, (x.q, x.k, x.k_end, decays[0], x.total, beta, x.X, x.P, do), dfinal,
-        cu_seqlens, chunks, (dr, states), scale, q.shape[:2], meta | DOTS[dot],
+        cu_seqlens, chunks, (dr, states), scale, q.shape[:2], back_tiles(meta) | DOTS[dot],
     )  # fmt: skip
     return dr, states, dstate

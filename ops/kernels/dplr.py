@@ -31,6 +31,7 @@ from torch import Tensor
 from flacompile.ops.kernels.columns import _columns
 from flacompile.ops.kernels.inverse import _inverse
 from flacompile.ops.kernels.launch import launch
+from flacompile.ops.kernels.linear_attn import is_hopper
 from flacompile.ops.kernels.states import Chunks, _place, chunks_of
 from flacompile.ops.kernels.tiles import (
     DOTS,
@@ -177,10 +178,12 @@ def _backward_kernel(
     _store_walk(S, ends, moved, final, moves, owner, segment, SEGMENTS, n, H, h, kk, vv, K, V)
 
 
-def tiles(K: int, V: int, dot: str) -> dict[str, int]:
+def tiles(K: int, V: int, dot: str, hopper: bool) -> dict[str, int]:
     """Block sizes and warps of the walks."""
     BK, BV = (max(NARROWEST, triton.next_power_of_2(n)) for n in (K, V))
-    widest, C = {"ieee": (16, 16), "tf32": (32, 16), "bf16": (64 if BK <= 128 else 32, 32)}[dot]
+    widest, C = {"ieee": (16, 16), "tf32": (32, 16), "bf16": (32, 32)}[dot]
+    if dot == "bf16" and BK <= 128 and hopper:
+        widest = 64
     warps = 4 if (64 if dot == "ieee" else 128) >= BK else 8
     stages = 2 if dot == "bf16" else 1
     return {"BK": BK, "BV": min(BV, widest), "C": C, "num_warps": warps, "num_stages": stages}
@@ -253,7 +256,7 @@ def dplr_forward(
     """
     dot = dot_of(q.dtype, k.dtype, v.dtype)
     q, k, v, a, b, state = (x.contiguous() for x in (q, k, v, a, b, state))
-    meta = tiles(q.shape[3], v.shape[3], dot)
+    meta = tiles(q.shape[3], v.shape[3], dot, is_hopper(q.device))
     chunks = chunks_of(cu_seqlens, state.shape[0], q.shape[1], meta["C"])
     gk = by_channel(g, q)
     x = inside(q, k, a, b, gk, cu_seqlens, chunks, scale, state.shape[0], dot)

@@ -26,6 +26,7 @@ from torch import Tensor
 from flacompile.ops.kernels.columns import _columns, _passes_over
 from flacompile.ops.kernels.dplr import _backward_kernel, by_channel, inside, tiles
 from flacompile.ops.kernels.launch import launch
+from flacompile.ops.kernels.linear_attn import is_hopper
 from flacompile.ops.kernels.states import _carried, _place, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
@@ -151,7 +152,7 @@ def dplr_backward(
     V, dot = v.shape[3], dot_of(q.dtype, k.dtype, v.dtype)
     q, k, v, a, b, state = (x.contiguous() for x in (q, k, v, a, b, state))
     u, do, dfinal = u.contiguous(), do.contiguous(), dfinal.contiguous()
-    meta, N = tiles(K, V, dot), state.shape[0]
+    meta, N = tiles(K, V, dot, is_hopper(q.device)), state.shape[0]
     chunks = chunks_of(cu_seqlens, N, T, meta["C"])
     gk = by_channel(g, q)
     S, _, total = states(b, u, gk, state, cu_seqlens, chunks, 1.0, False, dot, (k, v))
