@@ -1,4 +1,4 @@
-"""The backward of linear_attn by linear_attn itself.
+"""The backward of linear_attn by linear_attn itself, on a CPU and for decays of value channels.
 
 linear_attn is closed under differentiation. With D_t the gradient of S_t,
 

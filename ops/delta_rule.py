@@ -2,9 +2,9 @@
 
     S_t = (1 - beta_t k_t k_t^T) diag(e^g_t) S_{t-1} + beta_t k_t v_t^T        o_t = scale q_t S_t
 
-The primitive behind DeltaNet (Yang et al. 2024), Gated DeltaNet, DeltaProduct and KDA. On a CPU it
-is the sweep of ``dplr`` with a single write: u_t = beta_t v_t + S_{t-1}^T a_t with
-a_t = -beta_t e^g_t k_t.
+The primitive behind DeltaNet (Yang et al. 2024), Gated DeltaNet, DeltaProduct and KDA. On a GPU it
+has kernels of its own, ``kernels/delta`` and ``kernels/delta_backward``. On a CPU it is the sweep
+of ``dplr`` with a single write: u_t = beta_t v_t + S_{t-1}^T a_t with a_t = -beta_t e^g_t k_t.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flacompile.ops import context
 from flacompile.ops.define import define
-from flacompile.ops.dplr import backward_cpu, forward_cpu
+from flacompile.ops.dplr import backward_cpu, forward_cpu, save
 from flacompile.ops.dplr import decomposed as decomposed_dplr
 from flacompile.ops.start import filled
 from flacompile.ops.validate import check_delta_rule
@@ -194,14 +194,6 @@ _forward = define(delta_rule_forward, _forward_cuda, _forward_fake)
 _backward = define(delta_rule_backward, _backward_cuda, _backward_fake)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
-    *tensors, scale = inputs
-    _, final, u = output
-    ctx.save_for_backward(*tensors, u, final)
-    ctx.mark_non_differentiable(u)
-    ctx.scale = scale
-
-
 def _backward_of_op(ctx: Any, do: Tensor, dfinal: Tensor, du: Any) -> tuple[Tensor | None, ...]:
     *tensors, u, final = ctx.saved_tensors
     dq, dk, dv, dg, dbeta, dstate = _backward(*tensors, ctx.scale, u, final, do, dfinal)
@@ -214,4 +206,4 @@ def _flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
     return 6 * batch * time * heads * key_dim * v[-1]
 
 
-_forward.differentiate(_setup, _backward_of_op, _flops)
+_forward.differentiate(save, _backward_of_op, _flops)

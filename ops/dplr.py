@@ -3,8 +3,8 @@
     S_t = (diag(e^g_t) + b_t a_t^T) S_{t-1} + k_t v_t^T        o_t = scale q_t S_t
 
 The primitive behind RWKV-7 (Peng et al. 2025). With u_t = S_{t-1}^T a_t it is two writes, b u^T
-and k v^T. The CPU form has the single one of ``delta_rule`` as well: without b,
-u_t = v_t + S_{t-1}^T a_t and
+and k v^T. On a GPU: ``kernels/dplr`` and ``kernels/dplr_backward``. The CPU form has the single
+write of ``delta_rule`` as well: without b, u_t = v_t + S_{t-1}^T a_t and
 
     S_t = diag(e^g_t) S_{t-1} + k_t u_t^T
 """
@@ -20,7 +20,6 @@ from torch import Tensor
 from flacompile.ops import context
 from flacompile.ops.chunked_dplr import CHUNK, LONGEST, chunked_sweep, folds, loop
 from flacompile.ops.chunked_reads import chunked_reads
-from flacompile.ops.closed_backward import decay_gradient
 from flacompile.ops.define import define
 from flacompile.ops.dplr_gradients import by_early_reads, forward, gradients
 from flacompile.ops.start import filled
@@ -228,7 +227,7 @@ def backward_cpu(
 ) -> Seven:  # fmt: skip
     """Gradients of every input, with one write or two."""
     inputs = (q, k, v, g, a, b, state, cu_seqlens, scale, u, final, do, dfinal)
-    return gradients(_sweep_cpu, _read_cpu, decay_gradient, *inputs)
+    return gradients(_sweep_cpu, _read_cpu, *inputs)
 
 
 def dplr_backward(
@@ -236,9 +235,7 @@ def dplr_backward(
     cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> Seven:  # fmt: skip
     """Gradients of every input of the op, on a CPU."""
-    return backward_cpu(
-        q, k, v, g, a, b, state, cu_seqlens, scale, u, final, do, dfinal
-    )  # fmt: skip
+    return backward_cpu(q, k, v, g, a, b, state, cu_seqlens, scale, u, final, do, dfinal)
 
 
 def _backward_cuda(
@@ -271,7 +268,8 @@ _forward = define(dplr_forward, _forward_cuda, _forward_fake)
 _backward = define(dplr_backward, _backward_cuda, _backward_fake)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
+    """What the backward takes; u is no result of the op for anybody else."""
     *tensors, scale = inputs
     _, final, u = output
     ctx.save_for_backward(*tensors, u, final)
@@ -291,4 +289,4 @@ def _flops(q: Any, k: Any, v: Any, g: Any, a: Any, b: Any, *args: Any, **kwargs:
     return 8 * batch * time * heads * key_dim * v[-1]
 
 
-_forward.differentiate(_setup, _backward_of_op, _flops)
+_forward.differentiate(save, _backward_of_op, _flops)

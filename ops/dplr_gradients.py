@@ -1,4 +1,4 @@
-"""The forward and the backward of dplr, each in sweeps over time that do not know the device.
+"""The forward and the backward of dplr and delta_rule on a CPU, each in sweeps over time.
 
 A sweep goes forward, or with ``reverse`` from the last token to the first:
 
@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flacompile.ops.closed_backward import decay_gradient
+
 Sweep = Callable[..., tuple[Tensor, Any, Tensor]]
 Read = Callable[..., list[Tensor]]
 
@@ -42,7 +44,7 @@ def forward(
 
 
 def gradients(
-    sweep: Sweep, read: Read, decay_gradient: Callable[..., Tensor],
+    sweep: Sweep, read: Read,
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, a: Tensor, b: Tensor | None,
     state: Tensor, cu_seqlens: Tensor | None, scale: float,
     u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
@@ -54,7 +56,6 @@ def gradients(
         read: ``read(queries, writes, g, state, cu_seqlens, reverse)``, S_t x_t [B, T, H, K] of
             each query x [B, T, H, V], S the decayed sum of k v^T over the writes (k, v); reverse as
             in ``linear_attn``: position t takes the decay of t + 1.
-        decay_gradient: as in ``closed_backward``.
         u, final: what the forward returned.
         do, dfinal: gradients of o and of the final state.
     """

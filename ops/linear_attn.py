@@ -3,7 +3,9 @@
     S_t = diag(e^gk_t) S_{t-1} diag(e^gv_t) + k_t v_t^T        o_t = scale q_t S_t
 
 The primitive behind linear attention (Katharopoulos et al. 2020), GLA (Yang et al. 2023), Mamba-2
-(Dao & Gu 2024), HGRN2, RWKV-6, ABC, Based, ReBased and LightNet.
+(Dao & Gu 2024), HGRN2, RWKV-6, ABC, Based, ReBased and LightNet. The backward is
+``closed_backward`` on a CPU and for decays of value channels; else, on a GPU,
+``kernels/linear_attn_backward``.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Triton kernels for the gradients of decays: dg_t = dg_{t+1} + change_t, back from the end.
 
-change = sum of x dx over the pairs in plus, less that over the pairs in minus. ``_channel_kernel``
+change = p dp - m dm of the pair (p, dp) in plus and (m, dm) in minus. ``_channel_kernel``
 is for a decay a channel: one program a (sequence, head, block of channels) that walks time
 backwards. ``_row_kernel`` gives the change of a decay a head, summed over channels, row by row.
 """
@@ -26,18 +26,13 @@ def _product(x, dx, at, by, inside, col, X: tl.constexpr):
 
 
 @triton.jit
-def _change(p1, dp1, p2, dp2, m1, dm1, m2, dm2, at, by, inside, col, X: tl.constexpr):
-    change = _product(p1, dp1, at, by, inside, col, X) - _product(m1, dm1, at, by, inside, col, X)
-    if p2 is not None:
-        change += _product(p2, dp2, at, by, inside, col, X)
-    if m2 is not None:
-        change -= _product(m2, dm2, at, by, inside, col, X)
-    return change
+def _change(p, dp, m, dm, at, by, inside, col, X: tl.constexpr):
+    return _product(p, dp, at, by, inside, col, X) - _product(m, dm, at, by, inside, col, X)
 
 
 @triton.jit
 def _channel_kernel(
-    p1, dp1, p2, dp2, m1, dm1, m2, dm2, end, cu_seqlens, dg, T, H,
+    p, dp, m, dm, end, cu_seqlens, dg, T, H,
     X: tl.constexpr, BX: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (X + BX - 1) // BX
@@ -48,32 +43,29 @@ def _channel_kernel(
     after = tl.load(end + sequence_head * X + col, mask=col < X, other=0.0)
     for first in range(0, length, C):
         at, by, _later, inside, _ = _rows(first, i, start, length, h, H, True)
-        change = _change(p1, dp1, p2, dp2, m1, dm1, m2, dm2, at, by, inside, col, X)
+        change = _change(p, dp, m, dm, at, by, inside, col, X)
         _store_rows(tl.cumsum(change, 0) + after[None, :], dg, at, by, inside, col, X)
         after += tl.sum(change, 0)
 
 
 @triton.jit
 def _row_kernel(
-    p1, dp1, p2, dp2, m1, dm1, m2, dm2, change, ROWS,
+    p, dp, m, dm, change, ROWS,
     X: tl.constexpr, BX: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * C
     i, col = tl.arange(0, C), tl.arange(0, BX)
     inside = first + i < ROWS
-    found = _change(p1, dp1, p2, dp2, m1, dm1, m2, dm2, first, i, inside, col, X)
+    found = _change(p, dp, m, dm, first, i, inside, col, X)
     tl.store(change + first + i, tl.sum(found, 1), mask=inside)
 
 
 def decay_gradient(
     plus: Pairs, minus: Pairs, end: Tensor, g: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """dg as ``closed_backward.decay_gradient`` gives it, of at most two pairs on either side."""
+    """dg as ``closed_backward.decay_gradient`` gives it, of one pair on either side."""
     B, T, H, X = plus[0][0].shape
-    tensors: list[Tensor | None] = []
-    for pairs in (plus, minus):
-        tensors += [x.contiguous() for pair in pairs for x in pair]
-        tensors += [None] * (4 - 2 * len(pairs))
+    tensors = [x.contiguous() for pair in plus + minus for x in pair]
     if g.ndim == 3:
         change = end.new_empty(B, T, H, 1)
         rows, C = B * T * H, 32

@@ -30,7 +30,7 @@ from flacompile.ops.kernels.columns import _between, _columns
 from flacompile.ops.kernels.inverse import _inverse
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import Chunks, _place, by_kind, chunks_of
+from flacompile.ops.kernels.states import Chunks, _place, _rows_of, by_kind, chunks_of
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
@@ -39,7 +39,6 @@ from flacompile.ops.kernels.tiles import (
     _decay_sums,
     _dot,
     _load,
-    _sequence,
     _store_rows,
     _store_state,
     dot_of,
@@ -59,10 +58,8 @@ def _inside_kernel(
     n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
     if n >= N:
         return
-    start, length = _sequence(cu_seqlens, n, T)
-    first = place * C
-    i, kk = tl.arange(0, C), tl.arange(0, BK)
-    at, by, inside = (start + first) * H + h, i * H, first + i < length
+    first, length, i, at, by, inside = _rows_of(cu_seqlens, n, place, h, T, H, C)
+    kk = tl.arange(0, BK)
     q_c, k_c = _load(q, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
 
     # 2. Products of its rows, decayed.

@@ -24,7 +24,7 @@ from flacompile.ops.kernels.columns import _between, _columns, _passes_over
 from flacompile.ops.kernels.delta import delta_rule_walk_back, tiles
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import _carried, _place, by_kind, chunks_of, states
+from flacompile.ops.kernels.states import _carried, _place, _rows_of, by_kind, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
@@ -34,7 +34,6 @@ from flacompile.ops.kernels.tiles import (
     _dot,
     _load,
     _load_state,
-    _sequence,
     _store_rows,
     dot_of,
 )
@@ -57,10 +56,8 @@ def _keys_kernel(
     n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
     if n >= N:
         return
-    start, length = _sequence(cu_seqlens, n, T)
-    first = place * C
-    i, kk, vv = tl.arange(0, C), block * BK + tl.arange(0, BK), tl.arange(0, BV)
-    at, by, inside = (start + first) * H + h, i * H, first + i < length
+    first, length, i, at, by, inside = _rows_of(cu_seqlens, n, place, h, T, H, C)
+    kk, vv = block * BK + tl.arange(0, BK), tl.arange(0, BV)
     state = chunk * H + h
     if _passes_over(total, state, kk, K, LIMIT, STRONG):
         return

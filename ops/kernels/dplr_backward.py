@@ -27,7 +27,7 @@ from flacompile.ops.kernels.columns import _columns, _passes_over
 from flacompile.ops.kernels.dplr import _backward_kernel, by_channel, inside, tiles
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import _carried, _place, chunks_of, states
+from flacompile.ops.kernels.states import _carried, _place, _rows_of, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
@@ -36,7 +36,6 @@ from flacompile.ops.kernels.tiles import (
     _dot,
     _load,
     _load_state,
-    _sequence,
     _store_rows,
     dot_of,
 )
@@ -65,10 +64,9 @@ def _keys_kernel(
     n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
     if n >= N:
         return
-    start, length = _sequence(cu_seqlens, n, T)
-    first, state = place * C, chunk * H + h
-    i, kk, vv = tl.arange(0, C), block * BK + tl.arange(0, BK), tl.arange(0, BV)
-    at, by, inside = (start + first) * H + h, i * H, first + i < length
+    first, length, i, at, by, inside = _rows_of(cu_seqlens, n, place, h, T, H, C)
+    state = chunk * H + h
+    kk, vv = block * BK + tl.arange(0, BK), tl.arange(0, BV)
     if _passes_over(total, state, kk, K, LIMIT, STRONG):
         return
     gk_c = tl.maximum(_load(gk, at, by, inside, kk, K), -128.0)

@@ -25,7 +25,7 @@ from torch import Tensor
 from flacompile.ops.kernels.columns import _between, _columns, _passes_over
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import _carried, _place, by_kind, chunks_of, states
+from flacompile.ops.kernels.states import _carried, _place, _rows_of, by_kind, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
@@ -35,7 +35,6 @@ from flacompile.ops.kernels.tiles import (
     _dot,
     _load,
     _load_state,
-    _sequence,
     _store_rows,
     dot_of,
 )
@@ -61,10 +60,8 @@ def _keys_kernel(
     n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
     if n >= N:
         return
-    start, length = _sequence(cu_seqlens, n, T)
-    first = place * C
-    i, kk, vv = tl.arange(0, C), block * BK + tl.arange(0, BK), tl.arange(0, BV)
-    at, by, inside = (start + first) * H + h, i * H, first + i < length
+    first, length, i, at, by, inside = _rows_of(cu_seqlens, n, place, h, T, H, C)
+    kk, vv = block * BK + tl.arange(0, BK), tl.arange(0, BV)
     state = chunk * H + h
     if _passes_over(total, state, kk, K, LIMIT, STRONG):
         return
@@ -130,10 +127,8 @@ def _values_kernel(
     n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
     if n >= N:
         return
-    start, length = _sequence(cu_seqlens, n, T)
-    first = place * C
-    i, vv = tl.arange(0, C), tl.arange(0, BV)
-    at, by, inside = (start + first) * H + h, i * H, first + i < length
+    first, length, i, at, by, inside = _rows_of(cu_seqlens, n, place, h, T, H, C)
+    vv = tl.arange(0, BV)
     if _passes_over(total, chunk * H + h, tl.arange(0, ALL), K, LIMIT, STRONG):
         return
     P, dv_c = tl.zeros([C, C], tl.float32), tl.zeros([C, BV], tl.float32)

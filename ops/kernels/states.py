@@ -58,6 +58,14 @@ def _place(cu_seqlens, sequences, places, chunk, CHUNKS):
 
 
 @triton.jit
+def _rows_of(cu_seqlens, n, place, h, T, H, C: tl.constexpr):
+    """Rows of a chunk: its first, the length of the sequence, i, and indices as ``_rows`` does."""
+    start, length = _sequence(cu_seqlens, n, T)
+    first, i = place * C, tl.arange(0, C)
+    return first, length, i, (start + first) * H + h, i * H, first + i < length
+
+
+@triton.jit
 def _carried(S, D, index, kk, K: tl.constexpr, V: tl.constexpr):
     """sum_v S D of two stored states, a few columns at a time: there are few registers."""
     found = tl.sum(kk[:, None] * tl.zeros([1, PART], tl.float32), 1)
