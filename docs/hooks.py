@@ -32,9 +32,9 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 def table() -> str:
     """One row a mixer: equation, paper, state after LENGTH tokens, what a token costs, lines."""
     rows = [
-        "| name | class | equation | paper | state of a layer | of `attn`'s | training | decoding "
+        "| name, class | equation | paper | state of a layer | of `attn`'s | training | decoding "
         "| lines |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     keys_and_values = costs(MIXERS["attn"])[0]
     for name, cls in sorted(MIXERS.items()):
@@ -42,7 +42,7 @@ def table() -> str:
         doc, lines = module.__doc__ or "", len(inspect.getsource(module).splitlines())
         state, flops, traffic = costs(cls)
         rows.append(
-            f"| `{name}` | `{cls.__name__}` | `{equation(doc)}` | {paper(doc)} "
+            f"| `{name}`<br>`{cls.__name__}` | `{equation(doc)}` | {paper(doc)} "
             f"| {size(state)} | {100 * state / keys_and_values:.3g} % "
             f"| {flops / 1e6:,.0f} MFLOP | {size(traffic)} | {lines} |"
         )

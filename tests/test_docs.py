@@ -77,6 +77,11 @@ def test_the_plot_is_of_these_figures():
     assert len(context.speeds()) == 3
 
 
+def test_the_graphs_are_drawn_as_they_are():
+    drawn = script("drawn")
+    assert drawn.PLOT.read_text() == drawn.draw(*drawn.graphs())
+
+
 @pytest.fixture(scope="module")
 def hooks() -> ModuleType:
     """What makes the table of mixers when the documentation is built."""
@@ -94,6 +99,23 @@ def test_states_of_the_table(hooks):
     assert hooks.costs(MIXERS["gla"])[0] == 4 * 4 * 256 * 512 + 8
     tokens, width = hooks.LENGTH, hooks.WIDTH
     assert hooks.costs(MIXERS["attn"])[0] == tokens * (2 * 2 * width + 1) + 8
+
+
+def test_every_mixer_has_its_use():
+    page = (ROOT / "docs" / "mixers.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(MIXERS)
+
+
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)(?:#([^)]*))?\)")
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links(page):
+    """mkdocs checks those of its own pages, anchors too."""
+    for path, anchor in LINK.findall((ROOT / page).read_text()):
+        assert (ROOT / path).exists(), path
+        titles = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [t.lower().replace(" ", "-") for t in titles], anchor
 
 
 def messages() -> list[str]:
