@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from typing import TYPE_CHECKING, Any
 
 # The verbs share their names with the modules that hold them, and stand over those here.
-from flacompile.convert import convert, finalize, report, unconvert
+from flacompile.convert import convert, finalize, keep_layers, report, unconvert
 from flacompile.distill import distill
 from flacompile.evaluate import evaluate
 from flacompile.export import export
@@ -27,6 +27,7 @@ __all__ = [
     "export",
     "export_onnx",
     "finalize",
+    "keep_layers",
     "load",
     "quantize_",
     "report",

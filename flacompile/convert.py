@@ -217,7 +217,7 @@ def _convert(
     for site in chosen:
         new = mixers[site.path].train(model.training)
         swap_attention(model, site, new, conventions[site.path])
-    gains = keep_best(model, chosen, first, choice) if choice else {}
+    gains = keep_best(model, first, choice) if choice else {}
     converted = [site for site in chosen if site.path in swapped(model)]
     kept_paths += tuple(path for path in gains if path not in swapped(model))
     layers = [Layer(x.path, describe_site(x), name, *errors[x.path], window) for x in converted]
@@ -252,6 +252,57 @@ def report(model: nn.Module) -> Report:
     return model.flacompile_report  # type: ignore[return-value]
 
 
+def keep_layers(
+    model: nn.Module, keep: Keep, *, calibration: Iterable[Any] | None = None
+) -> nn.Module:
+    """Puts back, in place, those attentions of a converted model that are to stay softmax.
+
+    ``convert(keep=...)`` does so before any training. After the mixers have been aligned their
+    gains tell more of what a distilled model will lack, and a model that was aligned once serves
+    any choice. What is left is trained on as it is.
+
+    Args:
+        model: converted, the originals beside the mixers.
+        keep: as of ``convert``, of the attentions that are converted.
+        calibration: as of ``convert``; the first batches are taken.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model is not converted, or ``finalize`` let go of the originals; ``keep`` is
+            out of range, or all that is left.
+    """
+    layers = _with_originals(model)
+    kept, choice = read_keep(keep, len(layers))
+    expect(len(kept) < len(layers), "keep", f"fewer than all {len(layers)} attentions", keep)
+    for path in (layers[i] for i in kept):
+        restore_attention(model, path)
+    gains: Mapping[str, float] = report(model).gains
+    if choice:
+        first = itertools.islice(_calls(model, (), {}, calibration), BATCHES)
+        gains = keep_best(model, list(first), choice)
+    left, done = swapped(model), report(model)
+    hf.note_mixers(model)
+    model.flacompile_report = dataclasses.replace(  # type: ignore[assignment]
+        done,
+        layers=tuple(layer for layer in done.layers if layer.path in left),
+        kept=(*done.kept, *(path for path in layers if path not in left)),
+        gains=gains,
+    )
+    return model
+
+
+def _with_originals(model: nn.Module) -> list[str]:
+    """Paths of the converted attentions; raises ValueError unless each has its original."""
+    layers = swapped(model)
+    gone = [path for path, layer in layers.items() if layer.original is None]
+    if gone or not layers:
+        got = f"{gone[0]} without its original, as finalize and load leave it" if gone else "none"
+        raise ValueError(f"model: expected converted attentions beside their originals, got {got}")
+    return list(layers)
+
+
 def unconvert(model: nn.Module) -> nn.Module:
     """Puts the original attentions back, bit for bit, in place of the mixers.
 
@@ -261,11 +312,7 @@ def unconvert(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not converted, or ``finalize`` let go of the originals.
     """
-    layers = swapped(model)
-    gone = [path for path, layer in layers.items() if layer.original is None]
-    if gone or not layers:
-        got = f"{gone[0]} without its original, as finalize and load leave it" if gone else "none"
-        raise ValueError(f"model: expected converted attentions beside their originals, got {got}")
+    layers = _with_originals(model)
     for path in layers:
         restore_attention(model, path)
     restore_blocks(model)

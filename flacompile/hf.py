@@ -42,6 +42,14 @@ def adopt(model: nn.Module, attention: str | None) -> None:
         hf_models.adopt(model, attention)
 
 
+def note_mixers(model: nn.Module) -> None:
+    """Makes the config of a model that was adopted say what stands in it now."""
+    if is_transformers(model):
+        from flacompile import hf_models
+
+        model.config.flacompile = hf_models.write_recipe(model)  # type: ignore[union-attr]
+
+
 def release(model: nn.Module) -> None:
     """The inverse of ``adopt``."""
     if is_transformers(model):

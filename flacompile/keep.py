@@ -1,10 +1,11 @@
 """Which attentions of a model stay softmax: those given, a share of all, or those worth most.
 
-Worth is measured in one of two ways. "auto": with every attention converted, one at a time answers
-as the original again, and what that brings the model nearer to the original is its gain (as
-KL-guided selection does after training, Li et al. 2025, arXiv 2512.20569; here before it, in one
-pass an attention and batch). "recall": one attention at a time is converted alone, and what the
-model then loses of a needle's recall is its gain (HALO, Chen et al. 2026, arXiv 2601.22156).
+Worth is measured in one of two ways, right after the conversion or when the mixers have been
+aligned. "auto": with every attention converted, one at a time answers as the original again, and
+what that brings the model nearer to the original is its gain (as KL-guided selection does after
+training, Li et al. 2025, arXiv 2512.20569; here in one pass an attention and batch). "recall": one
+attention at a time is converted alone, and what the model then loses of a needle's recall is its
+gain (HALO, Chen et al. 2026, arXiv 2601.22156).
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch.utils._pytree import tree_leaves
 from flacompile.calibrate import CallArguments
 from flacompile.ops.validate import expect
 from flacompile.passes.capture import evaluating, without_cache
-from flacompile.passes.sites import AttentionSite
 from flacompile.passes.swap_attention import restore_attention, routed, swapped
 
 Keep = float | Sequence[int] | str
@@ -72,25 +72,20 @@ def _read_choice(keep: str, count: int) -> Choice:
     return Choice(found[1], number)
 
 
-def keep_best(
-    model: nn.Module, sites: Sequence[AttentionSite], calls: Sequence[CallArguments], choice: Choice
-) -> dict[str, float]:
+def keep_best(model: nn.Module, calls: Sequence[CallArguments], choice: Choice) -> dict[str, float]:
     """Restores, in place, those attentions that gain most.
 
     Args:
-        model: every site swapped, the originals kept.
-        sites: the attentions in question.
+        model: every attention in question swapped, the originals kept.
         calls: arguments of the model on which the gains are measured.
         choice: how, and how many.
 
     Returns:
-        The gain of every site, by path.
+        The gain of every one, by path.
     """
     gains = (_gains if choice.method == "auto" else _recall_drops)(model, calls)
-    best = sorted(gains, key=lambda path: -gains[path])[: choice.number]
-    for site in sites:
-        if site.path in best:
-            restore_attention(model, site.path)
+    for path in sorted(gains, key=lambda path: -gains[path])[: choice.number]:
+        restore_attention(model, path)
     return gains
 
 

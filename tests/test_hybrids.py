@@ -208,6 +208,29 @@ def test_recall_drops_are_what_converting_one_loses(sharp):
     assert report(ranked).kept == (f"model.layers.{drops.index(max(drops))}.self_attn",)
 
 
+@pytest.mark.parametrize("which", ["auto:2", [-1, 0]], ids=str)
+def test_kept_later_is_kept_at_once(which, sharp, tmp_path):
+    """Untrained mixers gain the same; trained ones are asked anew."""
+    options = {"mixer": "simple_gla", "calibration": [ids_of(0)], "init": "neutral"}
+    at_once = flacompile.convert(copy.deepcopy(sharp), keep=which, **options)
+    later = flacompile.convert(copy.deepcopy(sharp), **options)
+    trained = copy.deepcopy(later)
+    assert flacompile.keep_layers(later, which, calibration=[ids_of(0)]) is later
+    assert report(later) == report(at_once) and list(swapped(later)) == list(swapped(at_once))
+    for key, value in at_once.state_dict().items():
+        assert later.state_dict()[key].equal(value)
+    later.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        logits(flacompile.load(tmp_path), ids_of(1)), logits(later, ids_of(1))
+    )
+    with torch.no_grad():
+        for layer in swapped(trained).values():
+            layer.mixer.o_proj.weight.mul_(0.5)
+    flacompile.keep_layers(trained, "auto:1", calibration=[ids_of(0)])
+    gains = report(trained).gains
+    assert report(trained).kept == (max(gains, key=gains.get),) and gains != report(later).gains
+
+
 def lost(model: torch.nn.Module, teacher: torch.nn.Module, ids: torch.Tensor, seed: int) -> float:
     """Of the nll of needles that were seen, by the logits."""
     rows = needles(ids.flatten(), 24, 2, seed).seen
@@ -270,6 +293,16 @@ BAD = {
     "best": "keep: expected auto,",
     "uniform:8": "keep: expected fewer than all 8 attentions, got 'uniform:8'",
 }
+
+
+def test_what_cannot_be_kept_later(sharp):
+    with pytest.raises(ValueError, match="expected converted attentions beside their originals"):
+        flacompile.keep_layers(copy.deepcopy(sharp), "auto")
+    model = flacompile.convert(sharp, init="neutral", keep=[0])
+    with pytest.raises(ValueError, match=r"keep: expected fewer than all 3 attentions, got \[0, 1"):
+        flacompile.keep_layers(model, [0, 1, 2])
+    flacompile.keep_layers(model, [0])
+    assert report(model).kept == tuple(f"model.layers.{i}.self_attn" for i in (0, 1))
 
 
 def test_auto_is_read():
