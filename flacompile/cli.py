@@ -17,6 +17,7 @@ import torch
 import flacompile
 from flacompile.data import Corpus, read
 from flacompile.distill import PRESETS, Recipe, processes, read_recipe
+from flacompile.distill.choose import align_and_keep
 from flacompile.evaluate import Suite
 from flacompile.evaluate.page import markdown
 from flacompile.export import STAGES
@@ -71,6 +72,10 @@ def parser() -> argparse.ArgumentParser:
     distill.add_argument(
         "--recipe", default="small", help=f"a YAML file, or one of {', '.join(PRESETS)}; the "
         "options below change it; default: %(default)s",
+    )  # fmt: skip
+    distill.add_argument(
+        "--keep-after", type=int, default=0, metavar="STEPS",
+        help="of aligning all mixers before --keep chooses; default: it chooses at once",
     )  # fmt: skip
     distill.add_argument("--minutes", type=float, help="wall time of align and logits together")
     distill.add_argument("--align-steps", type=int, help="steps of align")
@@ -171,29 +176,7 @@ def export_progress() -> Iterator[Any]:
 def run(options: argparse.Namespace) -> None:
     """Carries out one parsed command."""
     if options.command in ("convert", "distill"):
-        recipe = recipe_of(options) if options.command == "distill" else Recipe()
-        model, tokenizer = read_model(options.model)
-        data = calibration = None
-        if options.command == "distill" and options.data != "self":
-            data = read(options.data, tokenizer, recipe.data)
-            length = recipe.sequence_length
-            training, _ = data.split(recipe.heldout, length, length)
-            calibration = training.rows(CALIBRATION, length).chunk(BATCHES)
-        flacompile.convert(
-            model, options.mixer, keep=read_keep(options.keep), window=options.window,
-            init=options.init, calibration=calibration,
-        )  # fmt: skip
-        first = processes.rank() == 0
-        if first:
-            print(flacompile.report(model))
-        if options.command == "distill":
-            text = _distill(model, data, tokenizer, recipe, options)
-            if first:
-                print(text)
-        if first:
-            model.save_pretrained(options.out)
-            tokenizer.save_pretrained(options.out)
-            print(f"wrote {options.out}")
+        _convert(options)
     elif options.command == "eval":
         print(_evaluate(options))
     elif options.command == "export":
@@ -205,6 +188,42 @@ def run(options: argparse.Namespace) -> None:
         print(f"wrote {options.package}: largest relative errors {facts['errors']}")
     else:
         _generate(options)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    """convert; distill goes on from there."""
+    distills, keep = options.command == "distill", read_keep(options.keep)
+    recipe = recipe_of(options) if distills else Recipe()
+    model, tokenizer = read_model(options.model)
+    data = calibration = None
+    if distills and options.data != "self":
+        data = read(options.data, tokenizer, recipe.data)
+        length = recipe.sequence_length
+        training, _ = data.split(recipe.heldout, length, length)
+        calibration = training.rows(CALIBRATION, length).chunk(BATCHES)
+    aligns_first = distills and options.keep_after
+    flacompile.convert(
+        model, options.mixer, keep=() if aligns_first else keep, window=options.window,
+        init=options.init, calibration=calibration,
+    )  # fmt: skip
+    if distills and processes.size() == 1:
+        model.to(options.device)
+    if aligns_first:
+        align_and_keep(
+            model, data, recipe, keep, steps=options.keep_after, calibration=calibration,
+            tokenizer=tokenizer, out=options.out / "aligned",
+        )  # fmt: skip
+    first = processes.rank() == 0
+    if first:
+        print(flacompile.report(model))
+    if distills:
+        text = _distill(model, data, tokenizer, recipe, options)
+        if first:
+            print(text)
+    if first:
+        model.save_pretrained(options.out)
+        tokenizer.save_pretrained(options.out)
+        print(f"wrote {options.out}")
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
@@ -241,8 +260,6 @@ def _distill(
             "stopped goes on from the last one by the same command, with any number of processes",
             file=sys.stderr,
         )
-    if processes.size() == 1:
-        model.to(options.device)
     flacompile.distill(
         model,
         data,

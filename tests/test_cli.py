@@ -1,5 +1,6 @@
 """The command line over the same verbs, on the tiny teacher."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ def test_distill_then_generate(tmp_path, capsys):
     text.write_text((TEACHER / "train.txt").read_text(encoding="utf-8")[:60_000], encoding="utf-8")
     out = tmp_path / "student"
     steps = ["--align-steps", "4", "--logits-steps", "2", "--batch-size", "2", "--length", "64"]
-    hybrid = ["--keep", "auto:1", "--window", "8"]
+    hybrid = ["--keep", "auto:1", "--keep-after", "1", "--window", "8"]
     assert main(["distill", str(TEACHER), str(text), str(out), *hybrid, *steps]) == 0
     printed = capsys.readouterr().out
     assert "Share closed" in printed and printed.count("self_attn: kept, a gain of") == 1
@@ -25,6 +26,8 @@ def test_distill_then_generate(tmp_path, capsys):
     assert {"config.json", "log.jsonl", "losses.png", "distill.md"} <= {
         p.name for p in out.iterdir()
     }
+    first = [json.loads(line) for line in (out / "aligned/log.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"]) for r in first] == [("align", 1)]
     assert main(["generate", str(out), "--prompt", "Return the", "--tokens", "5"]) == 0
     assert "Return the" in capsys.readouterr().out
 

@@ -28,6 +28,7 @@ import flacompile
 from flacompile.cli import read_keep, read_model
 from flacompile.data import read
 from flacompile.distill import Metrics, Recipe, Stage
+from flacompile.distill.choose import align_and_keep
 from flacompile.distill.log import read_json_lines
 from flacompile.distill.metrics import share_closed
 from flacompile.distill.prepare import autocast
@@ -137,6 +138,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--heldout", help="text to evaluate on; default the last share of TEXT")
     options.add_argument("--mixer", default="gla", choices=sorted(MIXERS))
     options.add_argument("--keep", default="", help="as of flacompile distill")
+    options.add_argument(
+        "--keep-after", type=int, default=100, help="steps of aligning before --keep chooses"
+    )
     options.add_argument("--minutes", type=float, default=6.0, help="of both stages together")
     options.add_argument("--steps", type=int, default=20_000, help="of a stage, at most")
     options.add_argument("--batch-size", type=int, default=32, help="rows of a step")
@@ -164,13 +168,18 @@ def main() -> None:
         heldout = read(options.heldout, tokenizer)
     teacher = copy.deepcopy(model).to(options.device)
     calibration = seen.rows(8 * options.length, options.length).chunk(BATCHES)
-    keep = read_keep(options.keep)
-    flacompile.convert(model, options.mixer, keep=keep, calibration=calibration)
-    report = flacompile.report(model)
-    say(f"converted, {len(report.kept)} attentions kept\n{report}")
+    later, keep = options.keep and options.keep_after, read_keep(options.keep)
+    flacompile.convert(model, options.mixer, keep=() if later else keep, calibration=calibration)
     name = "-".join(filter(None, (options.mixer, options.keep.replace(":", "-"))))
     out: Path = options.out / name
     model.to(options.device)
+    if later:
+        align_and_keep(
+            model, corpus, recipe, keep, steps=options.keep_after, calibration=calibration,
+            tokenizer=tokenizer, out=out / "aligned",
+        )  # fmt: skip
+    report = flacompile.report(model)
+    say(f"converted, {len(report.kept)} attentions kept\n{report}")
     metrics = flacompile.distill(model, corpus, recipe, tokenizer=tokenizer, out=out)
     say(f"distilled, share closed {metrics.share_closed:.3f}")
     with autocast(recipe, torch.device(options.device)):
