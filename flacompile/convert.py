@@ -199,13 +199,20 @@ def _convert(
         found += [f"  {x.path}: {x.reason}" for x in findings.rejected]
         raise ValueError(
             "model: expected at least one causal softmax attention to convert, got none\n"
-            + ("\n".join(found) or "  no scaled_dot_product_attention in the captured graph")
+            + (
+                "\n".join(found)
+                or "  no attention in the captured graph; write it with "
+                "scaled_dot_product_attention, or load the model with attn_implementation='sdpa'"
+            )
         )
     chosen = outline_sites(model, chosen, args, kwargs)
     name = next(name for name, c in MIXERS.items() if c is cls)
     mixers = {}
     for site in chosen:
-        config = dataclasses.replace(cls.config_for(site), **changed)
+        config = cls.config_for(site)
+        width, own = changed.get("hidden_size", config.hidden_size), config.hidden_size
+        expect(width == own, "hidden_size", f"{own}, that of {site.path}, or none given", width)
+        config = dataclasses.replace(config, **changed)
         if window is not None:
             config = HybridAttention.around(config, site, window)
         mixers[site.path] = build(config.mixer, config, model, site)
@@ -248,7 +255,9 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
 def report(model: nn.Module) -> Report:
     """What ``convert`` did to this model."""
     if not isinstance(getattr(model, "flacompile_report", None), Report):
-        raise ValueError(f"model: expected a converted model, got {type(model).__name__}")
+        raise ValueError(
+            f"model: expected a converted model, got {type(model).__name__}; convert it first"
+        )
     return model.flacompile_report  # type: ignore[return-value]
 
 
@@ -349,7 +358,11 @@ def _mixer_class(mixer: str | Mixer.Config) -> tuple[type[Mixer], dict[str, Any]
             default = cls.Config()  # type: ignore[call-arg]
             fields = {f.name: getattr(mixer, f.name) for f in dataclasses.fields(mixer)}
             return cls, {k: v for k, v in fields.items() if v != getattr(default, k)}
-    raise ValueError(f"mixer: expected a name or a mixer's Config, got {type(mixer).__name__}")
+    got = getattr(type(mixer), "__qualname__", type(mixer).__name__)
+    raise ValueError(
+        f"mixer: expected a name or a mixer's Config, got {got}; "
+        "a mixer of your own needs a line in flacompile.layers.MIXERS"
+    )
 
 
 def _call_of(example: Any, name: str = "example_inputs") -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -198,7 +198,10 @@ def load(path: str | Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         if not isinstance(config, hf_models.ConvertedConfig):
-            raise ValueError(f"path: expected a converted model in {path}, got {config.model_type}")
+            raise ValueError(
+                f"path: expected a converted model in {path}, got {config.model_type}; "
+                "transformers' AutoModelForCausalLM reads others"
+            )
         return hf_models.load(path, config)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"path: expected a whole model in {path}, got {error}") from error

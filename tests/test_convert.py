@@ -322,7 +322,11 @@ def test_nothing_convertible_says_why(name):
 
 BAD = {
     "unknown mixer": ({"mixer": "mamba9"}, "mixer: expected one of abc, .*gla.*, got 'mamba9'"),
-    "mixer of a wrong type": ({"mixer": Attention}, "mixer: expected a name or a mixer's Config"),
+    "mixer of a wrong type": ({"mixer": Attention}, "mixer: expected .* flacompile.layers.MIXERS"),
+    "another width": (
+        {"mixer": GatedLinearAttention.Config(hidden_size=7)},
+        r"hidden_size: expected \d+, that of model.layers.0.self_attn, or none given, got 7",
+    ),
     "init": ({"init": "random"}, "init: expected 'neutral' or 'calibrated', got 'random'"),
     "share above": ({"keep": 1.0}, r"keep: expected indices, .* share in \[0, 1\), got 1.0"),
     "share below": ({"keep": -0.5}, "keep: expected .* got -0.5"),
@@ -344,5 +348,5 @@ def test_converting_twice():
     model = flacompile.convert(llama()().model, init="neutral")
     with pytest.raises(ValueError, match="expected one that is not converted"):
         flacompile.convert(model)
-    with pytest.raises(ValueError, match="expected a converted model, got LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="got LlamaForCausalLM; convert it first"):
         report(llama()().model)

@@ -162,7 +162,7 @@ def test_a_part_knows_its_documents():
     assert part.tokens.equal(torch.arange(30, 96)) and part.starts.tolist() == [0, 10, 65]
     train, heldout = corpus.split(0.2, 10, 10)
     assert len(train) == 80 and heldout.tokens.equal(torch.arange(80, 100))
-    with pytest.raises(ValueError, match=r"data: expected at least 90 train tokens .* got 80"):
+    with pytest.raises(ValueError, match=r"at least 90 train tokens .* got 80; give more"):
         corpus.split(0.2, 90, 10)
 
 

@@ -30,8 +30,7 @@ PROGRAMS = {  # command, and what it prints
         "Return the ",
     ),
     "fsdp2.py": (
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "fsdp2.py"]
-        + ["--steps", "1"],
+        ["torchrun", "--nproc-per-node", "2", "fsdp2.py", "--steps", "1"],
         "step 0: ",
     ),
 }

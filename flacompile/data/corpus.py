@@ -61,7 +61,8 @@ class Corpus:
         ):
             if len(part) < need:
                 raise ValueError(
-                    f"data: expected at least {need} {name} tokens (one row), got {len(part)}"
+                    f"data: expected at least {need} {name} tokens (one row), got {len(part)}; "
+                    "give more text, shorter rows or another share to hold out"
                 )
         return parts
 

@@ -112,10 +112,14 @@ def restore(run: Run, recipe: Recipe, model: nn.Module) -> bool:
         raise ValueError(_message(folder))
     if state["recipe"] != asdict(recipe):
         raise ValueError(
-            f"recipe: expected that of {folder}, {state['recipe']}, got {asdict(recipe)}"
+            f"recipe: expected that of {folder}, {state['recipe']}, got {asdict(recipe)}; "
+            "take another folder to start anew"
         )
     if state["tokens"] != run.tokens:
-        raise ValueError(f"data: expected the tokens that {folder} was trained on, got others")
+        raise ValueError(
+            f"data: expected the tokens that {folder} was trained on, got others; take another "
+            "folder to start anew"
+        )
     found = _readable(folder, lambda: dcp.FileSystemReader(folder).read_metadata())
     sizes = {k: tuple(getattr(v, "size", ())) for k, v in found.state_dict_metadata.items()}
     got = {k[6:]: size for k, size in sizes.items() if k.startswith("model.")}
