@@ -70,6 +70,7 @@ class QKNorm(NamedTuple):
     offset: float = 0.0
 
     def module(self, num_heads: int, head_dim: int) -> RMSNorm:
+        """The norm of q or of k, with its weight."""
         return RMSNorm(head_dim * (1 if self.per_head else num_heads), self.eps, self.offset)
 
     def apply(self, norm: RMSNorm, x: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class ConvertedConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A config of the base model's class, with the recipe; its models are registered."""
         recipe = config_dict.get(MODEL_TYPE)
         entries = recipe if isinstance(recipe, dict) else {}
         kind = str(entries.get("base"))
@@ -55,9 +56,11 @@ class ConvertedConfig:
 
     @classmethod
     def from_pretrained(cls, path: Any, **kwargs: Any) -> Any:
+        """By the Auto class, which finds out of what base the config is."""
         return AutoConfig.from_pretrained(path, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
+        """As the base's, under our model type."""
         return super().to_dict() | {"model_type": MODEL_TYPE}  # type: ignore[misc]
 
 

@@ -23,6 +23,7 @@ class AfterImport(MetaPathFinder):
         self.name, self.then = name, then
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        """Part of Python's import system; finds the module where anybody would."""
         if fullname != self.name:
             return None
         sys.meta_path.remove(self)

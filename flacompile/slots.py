@@ -26,9 +26,13 @@ class Steps(Protocol):
 
     device: torch.device
 
-    def prefill(self, ids: Tensor) -> Sequence[Tensor]: ...
+    def prefill(self, ids: Tensor) -> Sequence[Tensor]:
+        """Logits of the last token and the states, of prompts [B, T]."""
+        ...
 
-    def decode(self, token: Tensor, states: Sequence[Tensor]) -> Sequence[Tensor]: ...
+    def decode(self, token: Tensor, states: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The same after one token more, [B, 1]."""
+        ...
 
 
 class Running:

@@ -11,6 +11,7 @@ def expect(condition: bool, name: str, expected: str, got: object) -> None:
 
 
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless x has this shape."""
     expect(tuple(x.shape) == shape, name, f"shape {shape}", tuple(x.shape))
 
 

@@ -35,11 +35,17 @@ class Call(NamedTuple):
 class Convention(Protocol):
     """How a model calls its attention: reads the call, writes the result back."""
 
-    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call: ...
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """What a call of the attention asks of a mixer."""
+        ...
 
-    def write(self, call: Call, y: Tensor, state: Any) -> Any: ...
+    def write(self, call: Call, y: Tensor, state: Any) -> Any:
+        """What the attention would have returned, y and the state in their places."""
+        ...
 
-    def output(self, result: Any) -> Tensor: ...
+    def output(self, result: Any) -> Tensor:
+        """y out of what the attention returned."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,14 @@ class PlainConvention:
         return cls(site.x_arg, site.num_results, site.result_index, site.time_first)
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """x, batch first, and the padding."""
         x = kwargs[self.x_arg] if isinstance(self.x_arg, str) else args[self.x_arg]
         padding = kwargs.get("key_padding_mask")
         mask = None if padding is None else padding.to(torch.bool).logical_not()
         return Call(x.transpose(0, 1) if self.time_first else x, mask=mask)
 
     def write(self, call: Call, y: Tensor, state: Any) -> Any:
+        """y as the attention returned it, among Nones; the state is dropped."""
         y = y.transpose(0, 1) if self.time_first else y
         if self.num_results is None:
             return y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,41 @@ def test_import_is_light():
     code = "import flacompile, sys; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not set(run.stdout.split()) & HEAVY
+
+
+CODE = [path for path in FILES if path.relative_to(ROOT).parts[0] in LAYERS]
+THEIRS = {  # methods that torch and transformers have named and described
+    *("forward", "setup_context", "backward", "extra_repr", "run_node"),
+    *("get_seq_length", "get_mask_sizes", "get_max_length", "lazy_initialization", "crop"),
+    *("update", "reset", "reorder_cache", "batch_repeat_interleave"),
+}
+
+
+def public(path: Path) -> list[ast.FunctionDef]:
+    """Functions and methods of a file, but not those inside a function."""
+    module = ast.parse(path.read_text()).body
+    classes = [node for node in module if isinstance(node, ast.ClassDef)]
+    nodes = itertools.chain(module, *(node.body for node in classes))
+    return [n for n in nodes if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+
+
+def test_public_functions_say_what_they_do():
+    """Each has a docstring, or a method of its name has where the contract stands."""
+    functions = [(path, f) for path in CODE if "kernels" not in path.parts for f in public(path)]
+    said = {f.name for _, f in functions if ast.get_docstring(f)} | THEIRS
+    assert not [
+        f"{name_of(path)}:{f.lineno} {f.name}" for path, f in functions if f.name not in said
+    ]
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_public_functions_are_typed(path):
+    """But for kernels, whose arguments are pointers and numbers of Triton."""
+    for f in () if "kernels" in path.parts else public(path):
+        arguments = (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)
+        untyped = [
+            a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")
+        ]
+        assert not untyped and f.returns is not None, (
+            f"{name_of(path)}:{f.lineno} {f.name} {untyped}"
+        )

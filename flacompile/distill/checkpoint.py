@@ -52,6 +52,7 @@ class Run:
 
     @property
     def log(self) -> Path:
+        """A line of JSON for every step."""
         return self.out / "log.jsonl"
 
     @property

@@ -80,6 +80,7 @@ class Log:
                 self.events.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Ends the bar and the events; the file is whole after every step."""
         self.bar.close()
         if self.events is not None:
             self.events.close()

@@ -30,6 +30,7 @@ class Trend:
 
     @property
     def mean(self) -> float:
+        """The loss over the last steps, later ones weighing more."""
         return self.weighted / self.weight
 
     def add(self, loss: float) -> dict[str, Any]:

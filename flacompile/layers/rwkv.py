@@ -36,6 +36,7 @@ class LowRank(nn.Module):
 
     @property
     def up(self) -> nn.Linear:
+        """The second map, W_2, with the bias."""
         return self.lora[2]  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:

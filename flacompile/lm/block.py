@@ -49,6 +49,7 @@ class Places(NamedTuple):
 
 
 def norm(config: Config) -> nn.Module:
+    """LayerNorm in RWKV, RMSNorm elsewhere."""
     if config.kind.ffn in ("rwkv6", "rwkv7"):
         return nn.LayerNorm(config.hidden_size, config.norm_eps, bias=config.norm_bias)
     return RMSNorm(config.hidden_size, config.norm_eps)

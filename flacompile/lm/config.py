@@ -42,6 +42,7 @@ class Config(PreTrainedConfig):
 
     @property
     def kind(self) -> Kind:
+        """What the models of this type have in common."""
         return KINDS[self.model_type]
 
     @property

@@ -22,6 +22,7 @@ from flacompile.ops.validate import expect
 
 
 def round_up(size: float, step: int) -> int:
+    """The least multiple of step that is not below the whole part of size."""
     return step * -(-int(size) // step)
 
 

@@ -53,6 +53,7 @@ class Kind:
 
     @property
     def defaults(self) -> dict[str, Any]:
+        """All fields of the config with their values."""
         return COMMON | self.own | self.takes
 
 
