@@ -17,4 +17,4 @@ if [ ! -e "$build/generate" ]; then
     cmake -S "$runner" -B "$build" -DCMAKE_PREFIX_PATH="$torch"
     cmake --build "$build"
 fi
-"$build/generate" "$package" --ids 2,57,310,12 --tokens 8
+"$build/generate" "$package" --ids 2,57,31,12 --tokens 8
