@@ -55,6 +55,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         batch_size=options.batch_size,
         eval_tokens=options.eval_tokens,
         checkpoint_every=1000,
+        precision=options.precision,
     )
 
 
@@ -148,6 +149,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--align-lr", type=float, default=1e-3)
     options.add_argument("--mixer-lr", type=float, default=3e-4, help="in logits")
     options.add_argument("--rest-lr", type=float, default=1e-4, help="in logits")
+    options.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     options.add_argument("--eval-tokens", type=int, default=65_536)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return options
@@ -166,6 +168,8 @@ def main() -> None:
     seen, heldout = corpus.split(recipe.heldout, options.length, options.length)
     if options.heldout:
         heldout = read(options.heldout, tokenizer)
+    if min(len(heldout), options.eval_tokens) < 2 * FAR:  # said before the training, not after
+        raise SystemExit(f"expected {2 * FAR} held-out tokens to look back {FAR}; give --heldout")
     teacher = copy.deepcopy(model).to(options.device)
     calibration = seen.rows(8 * options.length, options.length).chunk(BATCHES)
     later, keep = options.keep and options.keep_after, read_keep(options.keep)
