@@ -211,7 +211,7 @@ def _convert(
     for site in chosen:
         config = cls.config_for(site)
         width, own = changed.get("hidden_size", config.hidden_size), config.hidden_size
-        expect(width == own, "hidden_size", f"{own}, that of {site.path}, or none given", width)
+        expect(width == own, "hidden_size", f"that of {site.path}, {own}, or none", width)
         config = dataclasses.replace(config, **changed)
         if window is not None:
             config = HybridAttention.around(config, site, window)

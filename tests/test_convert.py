@@ -325,7 +325,7 @@ BAD = {
     "mixer of a wrong type": ({"mixer": Attention}, "mixer: expected .* flacompile.layers.MIXERS"),
     "another width": (
         {"mixer": GatedLinearAttention.Config(hidden_size=7)},
-        r"hidden_size: expected \d+, that of model.layers.0.self_attn, or none given, got 7",
+        r"hidden_size: expected that of model.layers.0.self_attn, \d+, or none, got 7",
     ),
     "init": ({"init": "random"}, "init: expected 'neutral' or 'calibrated', got 'random'"),
     "share above": ({"keep": 1.0}, r"keep: expected indices, .* share in \[0, 1\), got 1.0"),
