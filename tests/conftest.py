@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# Read when MKL starts: else its sums depend on where in memory a tensor lies, on some processors.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 import torch
 
 if not torch.cuda.is_available():

@@ -312,7 +312,7 @@ def test_sampling_continues_and_hidden_states(models):
         embedded = model(inputs_embeds=model.get_input_embeddings()(ids), logits_to_keep=2)
     assert len(out.hidden_states) == model.config.num_hidden_layers + 1
     assert out.hidden_states[0].equal(model.get_input_embeddings()(ids))
-    assert embedded.logits.equal(out.logits[:, -2:])
+    torch.testing.assert_close(embedded.logits, out.logits[:, -2:])  # products of other shapes
 
 
 READ = """
