@@ -93,9 +93,9 @@ def test_textbook(name, fields):
 def test_textbook_fp32(name, fields):
     """As near to the loop in float64 as the loop in fp32 is, within a factor of two.
 
-    A closed form's gradient of a decay is a sum whose terms cancel, hence the last term; how much of
-    it is lost depends on the processor. Of what is rounded to steps so few numbers are taken that
-    none lies within ulps of the edge of one.
+    A closed form's gradient of a decay is a sum whose terms cancel, hence the last term; how much
+    is lost depends on the processor. Of what is rounded to steps so few numbers are taken that none
+    lies within ulps of the edge of one.
     """
     exact, mixer = build(name, fields), build(name, fields, torch.float32)
     rows, time = (1, 3) if name in ROUNDED else (2, 21)
