@@ -104,10 +104,13 @@ def delta_rule_step(
     return o.to(dtype), state
 
 
-def _erase(k: Tensor, g: Tensor | None, beta: Tensor, like: Tensor) -> Tensor:
-    """a_t = -beta_t e^g_t k_t in the dtype of the state."""
-    erase = -beta.to(like.dtype)[..., None] * k
-    return erase if g is None else erase * _per_channel(g).exp()
+def _write_and_erase(
+    k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """beta_t v_t and a_t = -beta_t e^g_t k_t in the dtype of the state: what dplr takes."""
+    wide = beta.to(state.dtype)[..., None]
+    erase = -wide * k
+    return wide * v, erase if g is None else erase * _per_channel(g).exp()
 
 
 def _per_channel(g: Tensor) -> Tensor:
@@ -119,8 +122,7 @@ def decomposed(
     cu_seqlens: Tensor | None, scale: float,
 ) -> Triple:  # fmt: skip
     """The op as a fixed number of aten operations, for exporters; not for packed sequences."""
-    write = beta.to(state.dtype)[..., None] * v
-    a = _erase(k, g, beta, state)
+    write, a = _write_and_erase(k, v, g, beta, state)
     return decomposed_dplr(q, k, write, g, a, None, state, cu_seqlens, scale)
 
 
@@ -129,8 +131,7 @@ def delta_rule_forward(
     cu_seqlens: Tensor | None, scale: float,
 ) -> Triple:  # fmt: skip
     """The op on a CPU."""
-    write = beta.to(state.dtype)[..., None] * v
-    a = _erase(k, g, beta, state)
+    write, a = _write_and_erase(k, v, g, beta, state)
     return forward_cpu(q, k, write, g, a, None, state, cu_seqlens, scale)
 
 
@@ -156,9 +157,9 @@ def delta_rule_backward(
 ) -> Six:  # fmt: skip
     """Gradients of every input of the op, on a CPU: those of dplr, through a and beta v."""
     wide = beta.to(state.dtype)[..., None]
-    a = _erase(k, g, beta, state)
+    write, a = _write_and_erase(k, v, g, beta, state)
     dq, dk, dw, dg, da, _, dstate = backward_cpu(
-        q, k, wide * v, g, a, None, state, cu_seqlens, scale, u, final, do, dfinal
+        q, k, write, g, a, None, state, cu_seqlens, scale, u, final, do, dfinal
     )
     da_of_k = da if g is None else da * _per_channel(g).exp()
     dbeta = (dw * v).sum(-1) - (da_of_k * k).sum(-1)

@@ -28,7 +28,6 @@ from flacompile.ops.kernels.states import _carried, _place, _rows_of, by_kind, c
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
-    NARROWEST,
     _channel_sums,
     _decay_sums,
     _dot,
@@ -36,6 +35,7 @@ from flacompile.ops.kernels.tiles import (
     _load_state,
     _store_rows,
     dot_of,
+    key_tiles,
 )
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
@@ -133,12 +133,6 @@ def _keys_kernel(
     if gk is not None:
         dg_k = tl.cumsum(db, 0, reverse=True) + carried[None, :]
         _store_rows(dg_k, dgk, at, by, inside, kk, K)
-
-
-def key_tiles(K: int, V: int) -> dict[str, int]:
-    """Block sizes and warps."""
-    BK, BV = (max(NARROWEST, triton.next_power_of_2(n)) for n in (K, V))
-    return {"BK": min(BK, 64 if BV <= 128 else 32), "BV": BV, "num_warps": 4, "num_stages": 1}
 
 
 def delta_rule_backward(

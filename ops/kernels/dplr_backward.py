@@ -31,13 +31,13 @@ from flacompile.ops.kernels.states import _carried, _place, _rows_of, chunks_of,
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
-    NARROWEST,
     _channel_sums,
     _dot,
     _load,
     _load_state,
     _store_rows,
     dot_of,
+    key_tiles,
 )
 from flacompile.ops.kernels.walk import walked
 
@@ -123,12 +123,6 @@ def _keys_kernel(
     change = q_c * dq_c + early - b_c * db_c - k_c * dk_c
     dg_c = tl.cumsum(change, 0, reverse=True) - early + carried[None, :]
     _store_rows(dg_c, dgk, at, by, inside, kk, K)
-
-
-def key_tiles(K: int, V: int) -> dict[str, int]:
-    """Block sizes and warps."""
-    BK, BV = (max(NARROWEST, triton.next_power_of_2(n)) for n in (K, V))
-    return {"BK": min(BK, 64 if BV <= 128 else 32), "BV": BV, "num_warps": 4, "num_stages": 1}
 
 
 def dplr_backward(

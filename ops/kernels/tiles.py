@@ -33,6 +33,12 @@ def dot_of_sums(dot: str) -> str:
     return "tf32" if dot == "bf16" else dot
 
 
+def key_tiles(K: int, V: int) -> dict[str, int]:
+    """Block sizes and warps of the kernels of the keys' gradients, of delta_rule and dplr."""
+    BK, BV = (max(NARROWEST, triton.next_power_of_2(n)) for n in (K, V))
+    return {"BK": min(BK, 64 if BV <= 128 else 32), "BV": BV, "num_warps": 4, "num_stages": 1}
+
+
 @triton.jit
 def _sequence(cu_seqlens, n, T):
     """First token and number of tokens of sequence n."""
