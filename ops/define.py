@@ -38,7 +38,7 @@ class Op:
         if torch.compiler.is_compiling() or not unwatched(args):
             return self.on_cuda(*_placed(args))
         with set_wrap_triton_enabled(False):
-            if self.function is not None and torch.is_grad_enabled() and _any_needs_grad(args):
+            if self.function is not None and needs_grad(args):
                 return self.function.apply(*args)
             return self.kernels(*args)
 
@@ -89,8 +89,9 @@ def unwatched(args: tuple[Any, ...]) -> bool:
     )
 
 
-def _any_needs_grad(args: tuple[Any, ...]) -> bool:
-    return any(x.requires_grad for x in args if isinstance(x, Tensor))
+def needs_grad(args: tuple[Any, ...]) -> bool:
+    """Whether autograd would record a call."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in args if isinstance(x, Tensor))
 
 
 def define(
@@ -117,12 +118,17 @@ def define(
             f"{NAMESPACE}::{name}", _unsearched(visible), mutates_args=()
         )
         on_cpu.register_kernel("cpu")(cpu)
-    on_cuda: Any = torch.library.triton_op(
+    on_cpu.register_fake(fake)
+    return Op(on_cpu, define_cuda(name, cuda, fake), cuda)
+
+
+def define_cuda(name: str, cuda: Callable[..., Any], fake: Callable[..., Any]) -> CustomOpDef:
+    """Registers ``flacompile::<name>_cuda`` alone: launchers, and the shapes that they give."""
+    op: Any = torch.library.triton_op(
         f"{NAMESPACE}::{name}_cuda", _unsearched(cuda), mutates_args=()
     )
-    for op in (on_cpu, on_cuda):
-        op.register_fake(fake)
-    return Op(on_cpu, on_cuda, cuda)
+    op.register_fake(fake)
+    return op
 
 
 def _unsearched(function: Callable[..., Any]) -> Callable[..., Any]:

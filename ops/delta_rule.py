@@ -17,6 +17,7 @@ from flacompile.ops.define import define
 from flacompile.ops.dplr import backward_cpu, forward_cpu, save
 from flacompile.ops.dplr import decomposed as decomposed_dplr
 from flacompile.ops.start import filled
+from flacompile.ops.step import step
 from flacompile.ops.validate import check_delta_rule
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -82,7 +83,7 @@ def delta_rule_step(
     scale: float | None = None,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token of ``delta_rule`` in plain PyTorch.
+    """One token of ``delta_rule``.
 
     Args:
         q, k: [B, H, K].
@@ -95,13 +96,10 @@ def delta_rule_step(
     Returns:
         o [B, H, V] in the dtype of v, and the new state.
     """
-    dtype = v.dtype
-    q, k, v = (x.to(state.dtype)[..., None, :] for x in (q, k, v))
-    if g is not None:
-        state = state * g.to(state.dtype).exp().reshape(*q.shape[:2], -1, 1)
-    state = state + k.mT * (beta.to(state.dtype)[..., None, None] * (v - k @ state))
-    o = (q @ state)[..., 0, :] * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return o.to(dtype), state
+    g = g if g is None else g.to(state.dtype)
+    write, erase = _write_and_erase(k, v, g, beta, state)
+    o, state = step(q, k, write, g, None, erase, None, state, scale)
+    return o.to(v.dtype), state
 
 
 def _write_and_erase(
@@ -110,11 +108,11 @@ def _write_and_erase(
     """beta_t v_t and a_t = -beta_t e^g_t k_t in the dtype of the state: what dplr takes."""
     wide = beta.to(state.dtype)[..., None]
     erase = -wide * k
-    return wide * v, erase if g is None else erase * _per_channel(g).exp()
+    return wide * v, erase if g is None else erase * _per_channel(g, k).exp()
 
 
-def _per_channel(g: Tensor) -> Tensor:
-    return g if g.ndim == 4 else g[..., None]
+def _per_channel(g: Tensor, k: Tensor) -> Tensor:
+    return g if g.ndim == k.ndim else g[..., None]
 
 
 def decomposed(
@@ -161,7 +159,7 @@ def delta_rule_backward(
     dq, dk, dw, dg, da, _, dstate = backward_cpu(
         q, k, write, g, a, None, state, cu_seqlens, scale, u, final, do, dfinal
     )
-    da_of_k = da if g is None else da * _per_channel(g).exp()
+    da_of_k = da if g is None else da * _per_channel(g, k).exp()
     dbeta = (dw * v).sum(-1) - (da_of_k * k).sum(-1)
     if g is not None:
         dg = dg + (a * da).sum(-1) if g.ndim == 3 else dg + a * da

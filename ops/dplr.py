@@ -23,6 +23,7 @@ from flacompile.ops.chunked_reads import chunked_reads
 from flacompile.ops.define import define
 from flacompile.ops.dplr_gradients import by_early_reads, forward, gradients
 from flacompile.ops.start import filled
+from flacompile.ops.step import step
 from flacompile.ops.validate import check_dplr
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -89,7 +90,7 @@ def dplr_step(
     scale: float | None = None,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token of ``dplr`` in plain PyTorch.
+    """One token of ``dplr``.
 
     Args:
         q, k, a, b: [B, H, K].
@@ -101,14 +102,7 @@ def dplr_step(
     Returns:
         o [B, H, V] in the dtype of v, and the new state.
     """
-    dtype = v.dtype
-    q, k, v, a, b = (x.to(state.dtype)[..., None, :] for x in (q, k, v, a, b))
-    u = a @ state  # [B, H, 1, V]
-    if g is not None:
-        state = state * g.to(state.dtype).exp().reshape(*q.shape[:2], -1, 1)
-    state = state + b.mT * u + k.mT * v
-    o = (q @ state)[..., 0, :] * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return o.to(dtype), state
+    return step(q, k, v, g, None, a, b, state, scale)
 
 
 def decomposed(

@@ -18,6 +18,7 @@ from flacompile.ops.chunked import CHUNK, chunked
 from flacompile.ops.closed_backward import decay_gradient, gradients
 from flacompile.ops.define import define
 from flacompile.ops.start import filled
+from flacompile.ops.step import step
 from flacompile.ops.validate import check_linear_attn
 
 Pair = tuple[Tensor, Tensor]
@@ -89,7 +90,7 @@ def linear_attn_step(
     scale: float | None = None,
     state: Tensor,
 ) -> Pair:
-    """One token of ``linear_attn`` in plain PyTorch: reads and writes the state once.
+    """One token of ``linear_attn``.
 
     Args:
         q, k: [B, H, K].
@@ -102,13 +103,7 @@ def linear_attn_step(
     Returns:
         o [B, H, V] in the dtype of v, and the new state.
     """
-    if gk is not None:
-        state = state * gk.to(state.dtype).exp().reshape(*q.shape[:2], -1, 1)
-    if gv is not None:
-        state = state * gv.to(state.dtype).exp().reshape(*q.shape[:2], 1, -1)
-    state = state + k.to(state.dtype)[..., None] * v.to(state.dtype)[..., None, :]
-    o = (q.to(state.dtype)[..., None, :] @ state)[..., 0, :]
-    return (o * (q.shape[-1] ** -0.5 if scale is None else scale)).to(v.dtype), state
+    return step(q, k, v, gk, gv, None, None, state, scale)
 
 
 def decomposed(

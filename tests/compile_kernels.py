@@ -31,6 +31,7 @@ from flacompile.ops.kernels import (
     scan,
     selective_scan,
     states,
+    step,
     ternary,
     tiles,
     walk,
@@ -266,12 +267,23 @@ def ternary_variants():
         yield Variant(f"ternary round, {dtype}", ternary._round_kernel, types, ternary.ROUND)
 
 
+def step_variants():
+    """Both forms of a write, and a state of more rows than registers hold."""
+    types = dict.fromkeys("qkvabo", "*bf16") | {"scale": "fp32"}
+    types |= dict.fromkeys(("state", "new", "gk"), "*fp32")
+    for form, missing, K in (("linear", "ab", 2145), ("delta", "b", 128), ("dplr", "", 256)):
+        constants = {"K": K, "V": 128, "GK": K, "GV": 1, **step.tiles(K, 128)}
+        given = {n: t for n, t in types.items() if n not in missing}
+        yield Variant(f"step, {form}, {K}", step._kernel, given, constants)
+
+
 VARIANTS = (
     linear_attn_variants,
     conv_variants,
     scan_variants,
     selective_scan_variants,
     chunk_variants,
+    step_variants,
     ternary_variants,
 )
 

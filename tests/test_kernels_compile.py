@@ -28,7 +28,7 @@ LARGEST = {  # what is known to spill of those, in bytes of a thread's stack
 
 def most_stack(name: str) -> float:
     """Bytes a thread that a variant may spill."""
-    if name.startswith("ternary"):
+    if name.startswith(("step", "ternary")):
         return 0
     if name.endswith(SPILLS) or "strong" in name:  # strong decays are rare, and slow anyhow
         return float("inf")
