@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from flacompile.blocks import at_least_fp32
 from flacompile.layers.base import Tokens
 from flacompile.ops import context, scan, scan_step
+from flacompile.ops.running_softmax import LOWEST, maxima, weigh, weigh_step
 from flacompile.ops.validate import check_shape, expect
-
-LOWEST = -(2.0**100)  # the maximum of no tokens: finite, so that differences are
 
 State = tuple[Tensor, ...]
 Weights = tuple[Tensor, Tensor, Tensor, State]
@@ -59,12 +58,11 @@ class RunningSoftmax(nn.Module):
         empty = x.new_zeros(sequences, *x.shape[2:])
         start, start_h = _start((empty, empty) if state is None else state)
         rate = self._rate(x)
-        x_, rate_ = x.detach(), rate.detach().double()
         if context.active():
-            last = _maxima(x_, rate_, start, None)[2]
-            start = context.fold(start.double(), _next_maximum, last, rate_.sum(1))
-        before, m, last = _maxima(x_, rate_, start, cu_seqlens)
-        weight, g = _relative(x, rate, before, m)
+            falls = rate.detach().double()
+            last = maxima(x.detach(), falls, start, None)[2]
+            start = context.fold(start.double(), _next_maximum, last, falls.sum(1))
+        weight, g, last = weigh(x, rate, start, cu_seqlens)
         h, last_h = scan(
             g.flatten(2), weight.flatten(2), state=start_h.flatten(1), cu_seqlens=cu_seqlens
         )
@@ -75,8 +73,7 @@ class RunningSoftmax(nn.Module):
         """``forward`` for one token, x [B, H, M]."""
         x = at_least_fp32(x)
         rate, (before, start_h) = self._rate(x), _start(state)
-        m = torch.maximum(before - rate, x).detach()
-        weight, g = _relative(x, rate, before, m)
+        weight, g, m = weigh_step(x, rate, before)
         _, h = scan_step(g.flatten(1), weight.flatten(1), state=start_h.flatten(1))
         h = h.view_as(x)
         return weight, g, h, (m, h)
@@ -109,38 +106,6 @@ def _start(state: State) -> State:
     return torch.where(h > 0, m, LOWEST).detach(), h
 
 
-def _relative(x: Tensor, rate: Tensor, before: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """e^{x_t - m_t}, and m_{t-1} - r - m_t where there is a state to decay, in the dtype of x."""
-    g = torch.where(before > LOWEST, before - m - rate, 0.0)
-    g = g - g.detach().clamp(min=0)  # rounding may leave one above zero
-    return (x - m).exp().to(x.dtype), g.to(x.dtype)
-
-
 def _next_maximum(m: Tensor, last: Tensor, fall: Tensor) -> Tensor:
     """The maximum after a rank whose tokens leave ``last`` and fall by ``fall`` in all."""
     return torch.maximum(m - fall, last)
-
-
-def _maxima(
-    x: Tensor, rate: Tensor, start: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """m_{t-1} and m_t [B, T, H, M], and the last m of each sequence [N, H, M], in float64.
-
-    m_t = max_s(x_s + r s) - r t. In a pack every sequence is raised above the one before it, which
-    takes its maximum out of the next.
-    """
-    fall = rate.cumsum(1)
-    if cu_seqlens is None:
-        m = torch.cat((start[:, None].double(), x + fall), 1).cummax(1).values
-        m = torch.cat((m[:, :1], m[:, 1:] - fall), 1)
-        return m[:, :-1], m[:, 1:], m[:, -1]
-    time = torch.arange(x.shape[1], device=x.device)
-    segment = torch.searchsorted(cu_seqlens, time, right=True) - 1
-    first = cu_seqlens[segment]
-    low, high = (x + fall).aminmax(dim=1, keepdim=True)
-    raised = (high - low + 1) * segment[:, None, None] - low
-    m = (x + fall + raised).cummax(1).values - raised
-    m = torch.maximum(m, start[segment] + (fall - rate)[:, first]) - fall
-    before = torch.where((time == first)[:, None, None], start[segment], m.roll(1, 1))
-    empty = (cu_seqlens.diff() == 0)[:, None, None]
-    return before, m, torch.where(empty, start, m[0, (cu_seqlens[1:] - 1).clamp(min=0)])

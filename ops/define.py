@@ -22,18 +22,20 @@ NAMESPACE = "flacompile"
 
 
 class Op:
-    """Calls the op of the first tensor's device.
+    """Calls the op of the first tensor's device; of an op for CUDA alone, that.
 
     A call of plain CUDA tensors that nobody watches goes to the kernels itself: the way through the
     dispatcher costs more than the launches of a small call.
     """
 
-    def __init__(self, on_cpu: CustomOpDef, on_cuda: CustomOpDef, kernels: Callable[..., Any]):
+    def __init__(
+        self, on_cuda: CustomOpDef, kernels: Callable[..., Any], on_cpu: CustomOpDef | None = None
+    ) -> None:
         self.on_cpu, self.on_cuda = on_cpu, on_cuda
         self.kernels, self.function = kernels, None
 
     def __call__(self, *args: Any) -> Any:
-        if not args[0].is_cuda:
+        if self.on_cpu is not None and not args[0].is_cuda:
             return self.on_cpu(*_placed(args))
         if torch.compiler.is_compiling() or not unwatched(args):
             return self.on_cuda(*_placed(args))
@@ -52,7 +54,7 @@ class Op:
             backward: ``(ctx, *gradients of the outputs)``, those of the inputs.
             flops: the shapes of the inputs to floating-point operations.
         """
-        for op in (self.on_cpu, self.on_cuda):
+        for op in filter(None, (self.on_cpu, self.on_cuda)):
             op.register_autograd(backward, setup_context=setup)
             register_flop_formula(op._opoverload.overloadpacket)(flops)
         self.function = direct(self.kernels, setup, backward)
@@ -89,6 +91,12 @@ def unwatched(args: tuple[Any, ...]) -> bool:
     )
 
 
+def on_plain_cuda(args: tuple[Any, ...]) -> bool:
+    """Whether all tensors are on a GPU, and none is of a subclass."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    return all(x.is_cuda and type(x) in (Tensor, Parameter) for x in tensors)
+
+
 def needs_grad(args: tuple[Any, ...]) -> bool:
     """Whether autograd would record a call."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in args if isinstance(x, Tensor))
@@ -119,7 +127,7 @@ def define(
         )
         on_cpu.register_kernel("cpu")(cpu)
     on_cpu.register_fake(fake)
-    return Op(on_cpu, define_cuda(name, cuda, fake), cuda)
+    return Op(define_cuda(name, cuda, fake), cuda, on_cpu)
 
 
 def define_cuda(name: str, cuda: Callable[..., Any], fake: Callable[..., Any]) -> CustomOpDef:

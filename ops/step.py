@@ -8,9 +8,8 @@ kernel that reads and writes the state once.
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from flacompile.ops.define import Op, define_cuda, needs_grad
+from flacompile.ops.define import Op, define_cuda, needs_grad, on_plain_cuda
 
 Pair = tuple[Tensor, Tensor]
 
@@ -32,14 +31,8 @@ def step(
         o [B, H, V] in the dtype of v, and the next state.
     """
     args = (q, k, v, gk, gv, a, b, state, q.shape[-1] ** -0.5 if scale is None else scale)
-    return _by_kernel(*args) if _fits_kernel(*args) else _plain(*args)
-
-
-def _fits_kernel(*args: Tensor | float | None) -> bool:
-    """Plain CUDA tensors, sums in fp32, and no gradient."""
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    plain = all(x.is_cuda and type(x) in (Tensor, Parameter) for x in tensors)
-    return plain and tensors[-1].dtype == torch.float32 and not needs_grad(args)
+    by_kernel = state.dtype == torch.float32 and on_plain_cuda(args) and not needs_grad(args)
+    return _by_kernel(*args) if by_kernel else _plain(*args)
 
 
 def _plain(
@@ -76,4 +69,4 @@ def _fake(
     return v.new_empty(v.shape), state.new_empty(state.shape)
 
 
-_by_kernel = Op(_plain, define_cuda("step", _cuda, _fake), _cuda)
+_by_kernel = Op(define_cuda("step", _cuda, _fake), _cuda)

@@ -28,6 +28,7 @@ from flacompile.ops.kernels import (
     dplr_backward,
     linear_attn,
     linear_attn_backward,
+    running_softmax,
     scan,
     selective_scan,
     states,
@@ -277,12 +278,27 @@ def step_variants():
         yield Variant(f"step, {form}, {K}", step._kernel, given, constants)
 
 
+def running_softmax_variants():
+    """Whole, and packed in segments with their first pass, of odd channels."""
+    whole = dict.fromkeys(("x", "rate", "state", "weight", "g", "final"), "*fp32")
+    whole |= dict.fromkeys(("T", "D", "SEGMENT", "SEGMENTS"), "i32")
+    cut = whole | {"cu_seqlens": "*i64", "falls": "*fp64", "ends": "*fp64"}
+    first = {n: t for n, t in cut.items() if n not in ("weight", "g", "final")}
+    constants = {"LOWEST": -1e30, **running_softmax.TILE, "num_warps": 4}
+    for form, types in {"whole": whole, "cut": cut, "first pass": first}.items():
+        even = ("D",) if form == "whole" else ()
+        yield Variant(
+            f"running_softmax, {form}", running_softmax._kernel, types, constants, even=even
+        )
+
+
 VARIANTS = (
     linear_attn_variants,
     conv_variants,
     scan_variants,
     selective_scan_variants,
     chunk_variants,
+    running_softmax_variants,
     step_variants,
     ternary_variants,
 )

@@ -84,7 +84,7 @@ def test_segments(name, variant, bounds, device, monkeypatch):
     monkeypatch.setattr(linear_attn_kernels, "SHORTEST", 20)
     if name == "scan":
         tile = scan_kernels.tiles(4, torch.float32, sizes)
-        sizes = scan_kernels._cut(4, 70, 4, tile, device)[1]
+        sizes = scan_kernels.cut(4, 70, 4, tile, device)[1]
     else:
         tile = selective_kernels.tiles(2, 4, selective_kernels.FORWARD)
         sizes = selective_kernels._cut(args[1], args[2], 2, 4, SPAN, tile)[1]

@@ -38,7 +38,7 @@ def near(got, want, bound):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_kernel(name, variant, dtype, device, monkeypatch):
     """The step itself, with the kernel in the place of plain PyTorch."""
-    monkeypatch.setattr(module, "_fits_kernel", lambda *args: True)
+    monkeypatch.setattr(module, "on_plain_cuda", lambda args: True)
     monkeypatch.setattr(module, "_by_kernel", kernels.step)
     args = draw(name, variant, device, dtype)
     got = step(name)(*args[:-1], **OPS[name].options, state=args[-1])
@@ -50,7 +50,7 @@ def test_kernel(name, variant, dtype, device, monkeypatch):
 def test_states_of_many_rows(name, device, monkeypatch):
     """Registers hold 16 of the 40 rows."""
     monkeypatch.setattr(kernels, "ROWS", 16)
-    monkeypatch.setattr(module, "_fits_kernel", lambda *args: True)
+    monkeypatch.setattr(module, "on_plain_cuda", lambda args: True)
     monkeypatch.setattr(module, "_by_kernel", kernels.step)
     args = draw(name, list(OPS[name].variants)[-1], device, torch.float32, 40)
     near(step(name)(*args[:-1], **OPS[name].options, state=args[-1]), truth(name, args), 1e-6)

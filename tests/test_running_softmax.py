@@ -7,7 +7,23 @@ import torch
 from mixer_inputs import close
 from test_mixer_conversion import attention_weights, convert, site
 
+from flacompile.ops import running_softmax as module
+from flacompile.ops.kernels import linear_attn as linear_attn_kernels
 from flacompile.running_softmax import RunningSoftmax
+
+
+@pytest.fixture(params=["plain", "kernel"])
+def way(request, monkeypatch, poisoned_empty, device):
+    """PyTorch as on a CPU, or the kernel with its own gradients."""
+    apply = module._weigh.function.apply
+
+    def by_kernel(*args):
+        return [y.cpu() for y in apply(*(x if x is None else x.to(device) for x in args))]
+
+    if request.param == "kernel":
+        monkeypatch.setattr(module, "on_plain_cuda", lambda args: True)
+        monkeypatch.setattr(module, "_weigh", by_kernel)
+    return request.param
 
 
 def logits(scale, dtype, time=50):
@@ -28,7 +44,7 @@ def means(running, x, v, state=None, cu_seqlens=None):
 @pytest.mark.parametrize("recency", [False, True])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_means_and_gradients(recency, scale, dtype):
+def test_means_and_gradients(recency, scale, dtype, way):
     x, v = logits(scale, dtype), logits(1.0, dtype)[..., 0, 0]
     running, age = RunningSoftmax(3, 4, recency), torch.arange(50)[:, None] - torch.arange(50)
     x.requires_grad_()
@@ -43,7 +59,7 @@ def test_means_and_gradients(recency, scale, dtype):
 
 
 @pytest.mark.parametrize("recency", [False, True])
-def test_packed_extremes(recency):
+def test_packed_extremes(recency, way):
     """No sequence sees the maximum of the one before it, nor forgets with it."""
     x = torch.cat([logits(s, torch.float32, 10)[:1] + s for s in (1e4, 1.0, -1e4, 1e2)], 1)
     running, bounds = RunningSoftmax(3, 4, recency), [0, 10, 20, 20, 30, 40]
@@ -56,7 +72,7 @@ def test_packed_extremes(recency):
 
 
 @pytest.mark.parametrize("recency", [False, True])
-def test_no_token(recency):
+def test_no_token(recency, way):
     """Rows of padding are finite, leave a carried state alone and an empty one empty."""
     running, padding = RunningSoftmax(3, 4, recency), torch.full((2, 5, 3, 4), -torch.inf)
     padding.requires_grad_()
@@ -69,6 +85,24 @@ def test_no_token(recency):
         want = last if state is None else state
         assert close(last, want) and all(part.isfinite().all() for part in last)
     assert not running(padding, None, None)[-1][1].any()
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 150, 150, 151, 400]])
+@pytest.mark.parametrize("segments", [1, 3])
+def test_kernel_over_blocks_and_segments(bounds, segments, monkeypatch, device):
+    """Several blocks of tokens, and sequences cut where there are few."""
+    monkeypatch.setattr(linear_attn_kernels, "SHORTEST", 400 // segments)
+    x = 5 * logits(1.0, torch.float32, 400)[:1].to(device)
+    x[:, 40:300, :, :2] -= 100.0  # an early maximum lasts
+    rate = 0.01 * x.abs().sigmoid()
+    cu = None if bounds is None else torch.tensor(bounds, device=device)
+    start = torch.full((1 if bounds is None else 4, 3, 4), 2.0, device=device)
+    start[:, 0] = module.LOWEST
+    before, m, last = module.maxima(x, rate.double(), start, cu)
+    want = *module._relative(x, rate, before, m), last
+    flat = (y.flatten(2) for y in (x, rate))
+    got = module._weigh.kernels(*flat, start.flatten(1), cu)
+    assert close([y.view_as(z) for y, z in zip(got, want, strict=True)], want)
 
 
 def test_half_lives():

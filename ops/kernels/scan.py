@@ -180,9 +180,10 @@ def tiles(D: int, dtype: torch.dtype, tile: dict[str, int]) -> dict[str, int]:
     return tile | {"ROWS": ROWS, "COLUMNS": min(tile["COLUMNS"], triton.next_power_of_2(D))}
 
 
-def _cut(
-    N: Any, T: Any, D: int, tile: dict[str, int], device: torch.device
-) -> tuple[tuple[Any, ...], Any, Tensor | None, Tensor | None]:
+def cut(
+    N: Any, T: Any, D: int, tile: dict[str, int], device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[tuple[Any, ...], Any, Tensor | None, Tensor | None]:  # fmt: skip
     """The grid, the length and number of segments, and room for what each adds, if many."""
     blocks = triton.cdiv(D, tile["COLUMNS"])
     segments, block = num_segments(N * blocks, T, fill=PROGRAMS), tile["ROWS"] * tile["STRIPS"]
@@ -190,7 +191,7 @@ def _cut(
     grid, sizes = (N * segments * blocks,), (length, segments)
     if isinstance(segments, int) and segments == 1:
         return grid, sizes, None, None
-    decays = torch.empty(N, segments, D, dtype=torch.float32, device=device)
+    decays = torch.empty(N, segments, D, dtype=dtype, device=device)
     return grid, sizes, decays, torch.empty_like(decays)
 
 
@@ -209,7 +210,7 @@ def scan_forward(
     g, x, state = g.contiguous(), x.contiguous(), state.contiguous()
     h, final = torch.empty_like(x), torch.empty_like(state)
     tile = tiles(D, x.dtype, FORWARD)
-    grid, sizes, decays, ends = _cut(N, T, D, tile, x.device)
+    grid, sizes, decays, ends = cut(N, T, D, tile, x.device)
 
     def run(state: Any, h: Any, final: Any) -> None:
         launch(
@@ -232,7 +233,7 @@ def scan_backward(
     dh, dfinal = dh.contiguous(), dfinal.contiguous()
     dg, dx, dstate = torch.empty_like(g), torch.empty_like(h), torch.empty_like(state)
     tile = tiles(D, h.dtype, BACKWARD)
-    grid, sizes, decays, ends = _cut(N, T, D, tile, h.device)
+    grid, sizes, decays, ends = cut(N, T, D, tile, h.device)
 
     def run(*saved_and_gradients: Any) -> None:
         state, h, dfinal, dg, dx, dstate = saved_and_gradients
