@@ -20,6 +20,7 @@ from flacompile.ops.define import define
 from flacompile.ops.start import filled
 from flacompile.ops.step import step
 from flacompile.ops.validate import check_linear_attn
+from flacompile.ops.widths import even, even_decay, gradients_by_parts
 
 Pair = tuple[Tensor, Tensor]
 
@@ -163,9 +164,12 @@ def _run_cuda(
     """Every sequence by the kernels."""
     from flacompile.ops.kernels import linear_attn as kernels
 
-    return kernels.linear_attn_forward(
-        q, k, v, gk, gv, state, cu_seqlens, scale, reverse, out_dtype=dtype
+    K, V = q.shape[-1], v.shape[-1]
+    decays, state = (even_decay(gk), even_decay(gv)), even(state, 2)
+    o, final = kernels.linear_attn_forward(
+        even(q), even(k), even(v), *decays, state, cu_seqlens, scale, reverse, out_dtype=dtype
     )
+    return o[..., :V].contiguous(), final[..., :K, :V].contiguous()
 
 
 def linear_attn_forward(
@@ -217,8 +221,8 @@ def _backward_cuda(
     from flacompile.ops.kernels import linear_attn_backward as by_chunks
 
     g = gk if gv is None else gv if gk is None else gk + (gv if gk.ndim == 3 else gv[..., None])
-    dq, dk, dv, dg, dstate = by_chunks.linear_attn_backward(
-        q, k, v, g, state, cu_seqlens, scale, do, dfinal
+    dq, dk, dv, dg, dstate = gradients_by_parts(
+        by_chunks.linear_attn_backward, q, k, v, g, state, cu_seqlens, scale, do, dfinal
     )
     dgk, dgv = dstate.new_empty(0), dstate.new_empty(0)  # an op's outputs must not be one tensor
     if dg is not None and gv is not None:

@@ -98,8 +98,14 @@ def test_sizes(device, name, variant, time, K, V):
 
 @over_channels
 def test_large_states(device, name, variant):
-    check(name, draw(name, variant, 20, 40, 136, device=device))
+    check(name, draw(name, variant, 20, 40, 152, device=device))
     check(name, draw(name, variant, 20, 136, 16, device=device))
+
+
+@pytest.mark.parametrize("variant", DECAYS["linear_attn"])
+def test_odd_widths(device, variant):
+    """Rows that begin anywhere, and one value more than a tile has."""
+    check("linear_attn", draw("linear_attn", variant, 20, 21, 129, device=device))
 
 
 @over_cases
