@@ -338,6 +338,13 @@ def test_model_without_teacher(prepare, tmp_path):
         flacompile.distill(model, stream(), TINY, out=tmp_path)
 
 
+def test_report_without_matplotlib_is_refused_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"matplotlib.*install flacompile\[distill\]"):
+        run(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_handwritten_model_is_told_what_it_lacks(tmp_path):
     case = MODELS["handwritten"]()
     model = flacompile.convert(case.model, "gla", example_inputs=case.inputs)

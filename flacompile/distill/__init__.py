@@ -92,6 +92,7 @@ def distill(
     recipe, out = recipe or Recipe(), Path(out)
     check_teacher(model)
     check_lengths(model, recipe)
+    report.check_drawing()
     if tensorboard:
         summary_writer()
     teacher, vocabulary = frozen_teacher(model), _vocabulary(model)

@@ -20,6 +20,21 @@ NAMES = {
 }
 
 
+def check_drawing() -> None:
+    """Says before a run what its report, at the end, needs.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "distill: expected the package matplotlib, which draws its report, got an environment "
+            "without it; install flacompile[distill]"
+        ) from error
+
+
 def plot_losses(log: Path, picture: Path) -> None:
     """Draws the loss of each stage against its steps."""
     from matplotlib.figure import Figure
