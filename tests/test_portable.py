@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from mixer_inputs import WIDTH
+from test_mixer_conversion import site
 from torch.export import Dim
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flacompile.layers import MIXERS
 from flacompile.ops.chunked_dplr import LONGEST
 from flacompile.ops.linear_attn import decomposed
+from flacompile.passes.decompose import decompose
 from flacompile.passes.portable import portable, portable_table, running_max, solve_unit_lower
 
 
@@ -51,16 +56,16 @@ def test_triangles(size):
             solve_unit_lower(A, B, **(options | wrong))
 
 
-class Pads(TorchDispatchMode):
-    """Keeps the amounts of every padding."""
+class Calls(TorchDispatchMode):
+    """Keeps the positional arguments of every call of one operation."""
 
-    def __init__(self):
+    def __init__(self, op):
         super().__init__()
-        self.amounts = []
+        self.op, self.args = op, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.constant_pad_nd.default:
-            self.amounts += args[1]
+        if func is self.op:
+            self.args.append(args)
         return func(*args, **(kwargs or {}))
 
 
@@ -69,6 +74,28 @@ def test_no_padding_is_negative(channels):
     """ExecuTorch pads by no negative number, though aten does."""
     q, state = torch.randn(1, 2000, 2, 4), torch.randn(1, 2, 4, 4)
     g = -torch.rand(1, 2000, 2, *channels)
-    with Pads() as pads:
+    with Calls(torch.ops.aten.constant_pad_nd.default) as pads:
         decomposed(q, q, q, g, None, state, None, 1.0)
-    assert pads.amounts and min(pads.amounts) >= 0
+    assert pads.args and min(n for _, amounts, *_ in pads.args for n in amounts) >= 0
+
+
+@torch.no_grad()
+def test_no_product_is_of_nothing():
+    """ExecuTorch leaves a product over no channels as the memory was, where aten gives zeros."""
+    mixer = MIXERS["mla"](MIXERS["mla"].config_for(site()))
+    state = mixer.init_state(1)
+    with Calls(torch.ops.aten.bmm.default) as products:
+        mixer.step(torch.randn(1, WIDTH), state)
+    assert products.args and all(x.numel() for pair in products.args for x in pair)
+
+
+@torch.no_grad()
+def test_a_window_opens_by_the_strides_of_its_parts():
+    """As docs/examples/pte.py traces it; a view of what a fused kernel gives would be lost."""
+    mixer = MIXERS["attn"](MIXERS["attn"].config_for(site(window=9)))
+    x = torch.randn(1, 300, WIDTH)
+    shapes = {"x": {1: Dim.DYNAMIC}}
+    with sdpa_kernel(SDPBackend.MATH):
+        program = decompose(torch.export.export(mixer, (x,), dynamic_shapes=shapes, strict=False))
+    opened = program.run_decompositions().module()
+    torch.testing.assert_close(opened(x[:, :170])[0], mixer(x[:, :170])[0], rtol=1e-4, atol=1e-5)

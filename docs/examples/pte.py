@@ -20,6 +20,7 @@ from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flacompile
 from flacompile.export.gate import LENGTHS, compare, references
@@ -41,12 +42,13 @@ def trace(step: Step) -> dict[str, ExportedProgram]:
         "prefill": (ids, {0: batch, 1: time}),
         "decode": (ids[:, :1].contiguous(), {0: batch}),
     }
-    return {
-        name: portable(
-            decompose(torch.export.export(step, (ids, states), dynamic_shapes=(dims, shapes)))
-        )
-        for name, (ids, dims) in examples.items()
-    }
+    with sdpa_kernel(SDPBackend.MATH):  # the lowering opens it, and its result has these strides
+        return {
+            name: portable(
+                decompose(torch.export.export(step, (ids, states), dynamic_shapes=(dims, shapes)))
+            )
+            for name, (ids, dims) in examples.items()
+        }
 
 
 def lower(program: ExportedProgram, partitioner: Sequence[Any] = ()) -> bytes:

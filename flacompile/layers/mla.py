@@ -119,9 +119,11 @@ class MultiheadLatentAttention(CachedMixer):
         weight = self.get_parameter("kv_proj.2.weight")
         weight = weight.unflatten(0, (self.config.num_heads, -1))
         key_weight, value_weight = weight.split(self.expanded_dims, 1)
-        nope, rope = q[:, 0].split(self.key_dims, -1)
-        q = torch.cat((torch.einsum("bhn,hnr->bhr", nope, key_weight), rope), -1)
-        keys, latent = torch.cat(cached, -1), cached[0]
+        nope, q = q[:, 0].split(self.key_dims, -1)
+        latent, keys = cached
+        if self.config.qk_nope_head_dim:
+            absorbed = torch.einsum("bhn,hnr->bhr", nope, key_weight)
+            q, keys = torch.cat((absorbed, q), -1), torch.cat((latent, keys), -1)
         q, k, v = q[:, :, None], keys[:, :, None], latent[:, :, None]
         o = attend(q, k, v, mask, self.scale, self.config.logit_softcapping)
         return torch.einsum("bhr,hvr->bhv", o[:, :, 0], value_weight)[:, None]
