@@ -44,6 +44,8 @@ DTYPES = {"bf16": "bf16", "fp16": "tf32", "fp32": "ieee"}  # and what their dots
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = ((128, 128), (64, 64), (256, 256), (16, 24))  # K, V
 ARCHITECTURES = (80, 90)
+# What stands for all: exact fp32 dots have one tile everywhere, tf32 the larger on Hopper.
+PLACES = (("bf16", 90), ("bf16", 80), ("fp16", 90), ("fp32", 80))
 
 
 class Variant(NamedTuple):
@@ -56,20 +58,23 @@ class Variant(NamedTuple):
     kernel: Any
     types: dict[str, str]
     constants: dict[str, Any]
-    architectures: tuple[int, ...] = ARCHITECTURES
+    architectures: tuple[int, ...] = (80,)  # without dots nothing knows them
     even: tuple[str, ...] = ()
 
 
 def linear_attn_variants():
-    """Everything at the most common shape; at the others the simplest and the most decays."""
-    for decay, dtype, reverse in product(DECAYS, DTYPES, (False, True)):
-        yield from linear_attn_variant(decay, dtype, *SHAPES[0], reverse)
-    for (K, V), decay, dtype in product(SHAPES[1:], ("g", "gk gv"), DTYPES):
-        yield from linear_attn_variant(decay, dtype, K, V, False)
+    """Every decay in bf16 on Hopper; elsewhere the simplest and the most decays."""
+    for decay, reverse in product(DECAYS, (False, True)):
+        yield linear_attn_variant(decay, "bf16", *SHAPES[0], 90, reverse)
+    for place, decay in product(PLACES, ("g", "gk gv")):
+        for shape in SHAPES[1:]:
+            yield linear_attn_variant(decay, place[0], *shape, place[1], False)
+        for reverse in (False, True) if place != PLACES[0] else ():
+            yield linear_attn_variant(decay, place[0], *SHAPES[0], place[1], reverse)
 
 
-def linear_attn_variant(decay, dtype, K, V, reverse):
-    """One for each architecture; reverse is also packed, fp32 out."""
+def linear_attn_variant(decay, dtype, K, V, arch, reverse):
+    """reverse is also packed, fp32 out."""
     given = decay.split()
     diagonal = "gk" in given or "gv" in given
     kernel = linear_attn._diagonal_kernel if diagonal else linear_attn._scalar_kernel
@@ -79,11 +84,10 @@ def linear_attn_variant(decay, dtype, K, V, reverse):
     if reverse:
         types |= {"cu_seqlens": "*i64", "o": "*fp32"}
     dot = tiles.dot_of_sums(DTYPES[dtype]) if reverse else DTYPES[dtype]
+    meta = linear_attn.tiles(K, V, len({"gk", "gv"} & {*given}), dot, arch >= 90)
+    constants = dict(K=K, V=V, REVERSE=reverse, LIMIT=60.0, **meta, **tiles.DOTS[dot])
     name = f"linear_attn, {decay}{', reverse' if reverse else ''}, {dtype}, {K}x{V}"
-    for arch in ARCHITECTURES:
-        meta = linear_attn.tiles(K, V, len({"gk", "gv"} & {*given}), dot, arch >= 90)
-        constants = dict(K=K, V=V, REVERSE=reverse, LIMIT=60.0, **meta, **tiles.DOTS[dot])
-        yield Variant(name, kernel, types, constants, (arch,))
+    return Variant(name, kernel, types, constants, (arch,))
 
 
 def conv_variants():
@@ -121,7 +125,8 @@ def selective_scan_variants():
     """Both kernels at small states, and packed at large ones of odd channels; in bf16 the rest."""
     sizes = ("T", "D", "G", "SEQUENCES", "NUM_TOKENS", "SLOTS", "SEGMENT", "SEGMENTS")
     kept = ("final", "starts", "dfinal", "ddt", "dA", "sums", "dstate", "totals", "ends")
-    for dtype, (N, packed) in product(DTYPES, ((16, False), (24, True), (128, True))):
+    cases = [("bf16", 16, False), ("bf16", 24, True), ("bf16", 128, True)]
+    for dtype, N, packed in [*cases, ("fp16", 16, False), ("fp32", 128, True)]:
         types = dict.fromkeys(("u", "B", "C", "y", "dy", "du", "dB", "dC"), f"*{dtype}")
         types |= dict.fromkeys(("dt", "A", "state", *kept), "*fp32")
         types |= dict.fromkeys(("SIZE", "BLOCKS", *sizes), "i32")
@@ -141,15 +146,16 @@ def selective_scan_variants():
 
 
 def chunk_variants():
-    """Every form in bf16 at the most common shape; elsewhere what there is of most decays.
+    """Every form in bf16 on Hopper; elsewhere what there is of most decays.
 
     Only tiles of bf16 know architectures; sm_80 stands for the one with less shared memory.
     """
+    yield from by_chunks("bf16", *SHAPES[0], 90, full=True)
+    yield from by_chunks("bf16", *SHAPES[0], 80)
     for arch in ARCHITECTURES:
-        yield from by_chunks("bf16", *SHAPES[0], arch, full=True)
         yield from by_chunks("bf16", *SHAPES[2], arch)
-    for dtype, shape in (("fp16", SHAPES[0]), ("fp16", SHAPES[2]), ("fp32", SHAPES[0])):
-        yield from by_chunks(dtype, *shape, 80)
+    yield from by_chunks("fp16", *SHAPES[2], 80)
+    yield from by_chunks("fp32", *SHAPES[0], 80)
 
 
 def by_chunks(dtype, K, V, arch, full=False):
@@ -264,7 +270,8 @@ def ternary_variants():
             yield Variant(f"ternary gemv, {dtype}, {P}", ternary._gemv_kernel, few, constants)
         for M, N in ((16, 2048), (32, 2048), (512, 2048), (512, 4096), (512, 8192)):
             constants, name = {"ASM": True} | ternary.gemm_tiles(M, N), f"{dtype}, {M}x{N}"
-            yield Variant(f"ternary gemm, {name}", ternary._gemm_kernel, many, constants)
+            kernel = ternary._gemm_kernel
+            yield Variant(f"ternary gemm, {name}", kernel, many, constants, ARCHITECTURES)
         yield Variant(f"ternary round, {dtype}", ternary._round_kernel, types, ternary.ROUND)
 
 
