@@ -28,7 +28,7 @@ docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 demo: $(VENV)/.demo $(if $(filter smollm2,$(TEACHER)),$(VENV)/.smollm2)
-	$(BIN)/python docs/examples/demo.py --teacher $(TEACHER) --minutes $(MINUTES) \
+	$(BIN)/python docs/demo.py --teacher $(TEACHER) --minutes $(MINUTES) \
 		--mixer $(MIXER)
 
 env: $(VENV)/.dev

@@ -1,17 +1,21 @@
-"""Every example of docs/examples runs, on the teacher of the tests and for a step or two."""
+"""Every example of docs/examples and the demo run, on the tests' teacher, for a step or two."""
 
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from flacompile.cli import read_model
 from flacompile.layers import MIXERS
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +26,10 @@ SCRIPTS = {  # file -> arguments, and what it prints
     "custom_mixer.py": ([], "half-life 8.0"),
     "train.py": (["--steps", "2", "--backend", "eager"], "step 1: "),
     "trainer.py": (["--steps", "1", "--out", "out"], "train_loss"),
+    "before_after.py": (
+        [str(TEACHER), str(TEACHER / "train.txt"), "--mixer", "simple_gla"],
+        "| so, but 1 layer in 4 kept |",
+    ),
 }
 STEPS = ["--align-steps", "1", "--logits-steps", "1", "--batch-size", "2", "--length", "32"]
 PROGRAMS = {  # command, and what it prints
@@ -34,7 +42,7 @@ PROGRAMS = {  # command, and what it prints
         "step 0: ",
     ),
 }
-ELSEWHERE = {"demo.py", "before_after.py", "pte.py"}  # by ``make demo``, by hand, in ExecuTorch
+ELSEWHERE = {"pte.py"}  # ExecuTorch has an environment of its own
 
 
 def run(*command: object, cwd: Path) -> str:
@@ -68,6 +76,25 @@ def test_script(name, tmp_path, monkeypatch, capsys):
     with patch.dict(MIXERS):  # an example may add one
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_demo(tmp_path, monkeypatch):
+    """On one layer of the teacher, hardly trained; the package is compiled, the model is not."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    demo = import_module("demo")
+    model, tokenizer = read_model(str(TEACHER))
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    monkeypatch.setattr(demo, "read_model", lambda path: (model, tokenizer))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--minutes", "0.02", "--out", str(tmp_path)])
+    demo.main()
+    report = (tmp_path / "report.md").read_text()
+    assert re.search(r"Share closed: \*\*-?\d\.\d+\*\*", report)
+    said = re.findall(r"\*\*(.*)\*\*\n\n> (.*)\n", report)
+    assert [name for name, _ in said][-2:] == ["student", "package, without flacompile"]
+    assert said[-1][1] == said[-2][1]
+    assert (tmp_path / "model.pt2").exists() and (tmp_path / "losses.png").exists()
 
 
 @pytest.mark.slow

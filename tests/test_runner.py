@@ -163,7 +163,7 @@ def test_same_tokens_from_cpp(sampling, package, loaded, cpp):
 
 
 def test_runs_where_flacompile_cannot_be_imported(package, loaded, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "examples"))
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
     ids, speed = import_module("demo").run_package(package, PROMPT, 12)
     stop = loaded.facts["end"]
     assert ids == PROMPT + list(generate(loaded, PROMPT, tokens=12, stop=stop))

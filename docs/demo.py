@@ -1,6 +1,6 @@
 """The whole path from one command: a Transformer converted, compiled, distilled, exported, run.
 
-    python docs/examples/demo.py --teacher tiny --minutes 2
+    python docs/demo.py --teacher tiny --minutes 2
 
 Leaves out/ with the model, the package and report.md.
 """
@@ -24,7 +24,7 @@ from flacompile.data import read
 from flacompile.distill import Metrics, Recipe, Stage, report
 from flacompile.files import write_atomically
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = {"tiny": "Return the ", "smollm2": "The capital of France is"}
 # A process that cannot import flacompile, and runs a file of it that needs only torch.
