@@ -8,6 +8,11 @@ import torch
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
+NO_KEYS = (
+    "past_key_values: expected a cache that takes keys, got one of a converted model; "
+    "start a cache with this model"
+)
+
 
 class StateLayer(CacheLayerMixin, DummyLayer):
     """A state of fixed size and the number of tokens that it has seen.
@@ -49,15 +54,19 @@ class StateLayer(CacheLayerMixin, DummyLayer):
                 torch._dynamo.mark_static_address(tensor)
 
     def get_seq_length(self) -> int:
+        """Tokens seen; a tensor in a static cache."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of columns of a mask for so many queries, and the first of them."""
         return (self.seen + query_length if self.length is None else self.length), 0
 
     def get_max_length(self) -> int:  # type: ignore[override]
+        """Room in tokens; -1 where there is no bound."""
         return -1 if self.length is None else self.length
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Nothing, or a ValueError: what a state took in stays."""
         if tokens_to_remove:
             raise ValueError(
                 f"tokens_to_remove: expected 0, as a state cannot forget, got {tokens_to_remove}; "
@@ -65,12 +74,15 @@ class StateLayer(CacheLayerMixin, DummyLayer):
             )
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise ValueError("key_states: this layer was converted and holds no keys")
+        """Refuses keys: only an attention that was kept has some."""
+        raise ValueError(NO_KEYS)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        raise ValueError("key_states: this layer was converted and holds no keys")
+        """Refuses keys, see ``lazy_initialization``."""
+        raise ValueError(NO_KEYS)
 
     def reset(self) -> None:
+        """Forgets all tokens."""
         self.state, self.seen, self.is_initialized = None, 0, False
 
     def offload(self) -> None:
@@ -80,6 +92,7 @@ class StateLayer(CacheLayerMixin, DummyLayer):
         """See ``offload``."""
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes row beam_idx[i], [B]."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -87,6 +100,7 @@ class StateLayer(CacheLayerMixin, DummyLayer):
         self.state = pytree.tree_map(lambda x: x.index_select(0, indices), self.state)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row so many times in a row."""
         self.state = pytree.tree_map(lambda x: x.repeat_interleave(repeats, 0), self.state)
 
 

@@ -108,7 +108,7 @@ class ConvertedModel:
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
                 "assistant_model, prompt_lookup_num_tokens: expected neither, as a state cannot "
-                "step back over tokens that were tried; generate without them"
+                "step back over tokens that were tried, got one; generate without them"
             )
         super()._validate_generation_mode(generation_mode, *args)  # type: ignore[misc]
 

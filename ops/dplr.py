@@ -24,7 +24,7 @@ from flacompile.ops.define import define
 from flacompile.ops.dplr_gradients import by_early_reads, forward, gradients
 from flacompile.ops.start import filled
 from flacompile.ops.step import step
-from flacompile.ops.validate import check_dplr
+from flacompile.ops.validate import check_dplr, check_log_decay
 
 Triple = tuple[Tensor, Tensor, Tensor]
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -115,6 +115,7 @@ def decomposed(
     torch._check(q.shape[1] <= LONGEST, lambda: f"T: expected at most {LONGEST} in an export")
 
     def sweep(*args: Any) -> Any:
+        """``chunked_sweep`` in a number of chunks that grows with T, combined by ``folds``."""
         num_chunks = q.shape[1] // CHUNK + 2  # never one: a compiler would count on it
         return chunked_sweep(*args[:8], across=folds, num_chunks=num_chunks)
 
@@ -155,6 +156,7 @@ def _early_cpu(
     """u, o (None without q) and the final state: ``chunked_sweep`` of every sequence."""
 
     def run(*args: Any) -> Any:
+        """``chunked_sweep`` of one sequence, in chunks no longer than it."""
         time, chunk = args[0].shape[1], _chunk(args[0].shape[1])
         return chunked_sweep(*args, across=loop, num_chunks=-(-time // chunk), chunk=chunk)
 
@@ -169,6 +171,7 @@ def _read_cpu(
     cu_seqlens: Tensor | None, reverse: bool,
 ) -> list[Tensor]:  # fmt: skip
     def run(x: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> Any:
+        """``chunked_reads`` of one sequence; backwards, a decay belongs to the token before."""
         if reverse and g is not None:
             g = torch.cat([torch.zeros_like(g[:, :1]), g[:, :-1]], 1)
         return chunked_reads(x, k, v, g, state, _chunk(x.shape[1]))
@@ -184,8 +187,7 @@ def forward_cpu(
     cu_seqlens: Tensor | None, scale: float,
 ) -> Triple:  # fmt: skip
     """One write or two. The sign of g is checked here, where reading it costs no sync."""
-    if g is not None and g.numel() and g.max() > 0:
-        raise ValueError(f"g must be a log decay <= 0, got a maximum of {g.max():.4g}")
+    check_log_decay("g", g)
     o, final, u = forward(_sweep_cpu, q, k, v, g, a, b, state, cu_seqlens, scale)
     return o.to(q.dtype), final, u.to(q.dtype)
 
@@ -253,6 +255,7 @@ def _backward_fake(
     cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> Seven:  # fmt: skip
     def like(x: Tensor | None) -> Tensor:
+        """The gradient of x; empty where there is no x."""
         return state.new_empty(0) if x is None else x.new_empty(x.shape)
 
     return like(q), like(k), like(v), like(g), like(a), like(b), like(state)

@@ -19,7 +19,7 @@ from flacompile.ops.closed_backward import decay_gradient, gradients
 from flacompile.ops.define import define
 from flacompile.ops.start import filled
 from flacompile.ops.step import step
-from flacompile.ops.validate import check_linear_attn
+from flacompile.ops.validate import check_linear_attn, check_log_decay
 from flacompile.ops.widths import even, even_decay, gradients_by_parts
 
 Pair = tuple[Tensor, Tensor]
@@ -177,9 +177,8 @@ def linear_attn_forward(
     cu_seqlens: Tensor | None, scale: float,
 ) -> Pair:  # fmt: skip
     """The op on a CPU. The sign of the decays is checked here, where reading them costs no sync."""
-    for name, g in (("gk", gk), ("gv", gv)):
-        if g is not None and g.numel() and g.max() > 0:
-            raise ValueError(f"{name} must be a log decay <= 0, got a maximum of {g.max():.4g}")
+    check_log_decay("gk", gk)
+    check_log_decay("gv", gv)
     return _run_cpu(q, k, v, gk, gv, state, cu_seqlens, scale, False, v.dtype)
 
 
@@ -237,6 +236,7 @@ def _backward_fake(
     cu_seqlens: Tensor | None, scale: float, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     def like(x: Tensor | None) -> Tensor:
+        """The gradient of x; empty where there is no x."""
         return q.new_empty(0 if x is None else x.shape, dtype=(state if x is None else x).dtype)
 
     return like(q), like(k), like(v), like(gk), like(gv), like(state)

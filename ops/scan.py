@@ -11,7 +11,7 @@ from torch import Tensor
 from flacompile.ops import context
 from flacompile.ops.define import define
 from flacompile.ops.pairs import scan_, scan_chunks, sequences
-from flacompile.ops.validate import check_scan
+from flacompile.ops.validate import check_log_decay, check_scan
 
 Pair = tuple[Tensor, Tensor]
 
@@ -77,8 +77,7 @@ def decomposed(g: Tensor, x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -
 
 def scan_forward(g: Tensor, x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Pair:
     """The op on a CPU. The sign of g is checked here, where reading it costs no sync."""
-    if g.numel() and g.max() > 0:
-        raise ValueError(f"g must be a log decay <= 0, got a maximum of {g.max():.4g}")
+    check_log_decay("g", g)
     a, h, final = g.exp(), x.to(state.dtype, copy=True), state.clone()
     for n, tokens in sequences(x.shape[1], cu_seqlens):
         a_n, h_n = a[:, tokens], h[:, tokens]

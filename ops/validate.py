@@ -15,6 +15,15 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     expect(tuple(x.shape) == shape, name, f"shape {shape}", tuple(x.shape))
 
 
+def check_log_decay(name: str, g: Tensor | None) -> None:
+    """Raises ValueError for a g above 0. It reads g, which on a GPU would wait for the device."""
+    if g is not None and g.numel() and g.max() > 0:
+        raise ValueError(
+            f"{name}: expected a log decay <= 0, got a maximum of {g.max():.4g}; "
+            "logsigmoid and -softplus give one"
+        )
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q and k [B, T, H, K], v [B, T, H, V], one floating dtype, one device."""
     expect(q.ndim == 4, "q", "shape [B, T, H, K]", tuple(q.shape))

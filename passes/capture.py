@@ -84,8 +84,8 @@ def default_ids(model: nn.Module, batch: int, time: int) -> Tensor:
     vocab = getattr(text_config(model), "vocab_size", None)
     if vocab is None:
         raise ValueError(
-            "example_inputs must hold the inputs of one forward call where the model has no "
-            "config.vocab_size, got none"
+            "example_inputs: expected the inputs of one forward call, as the model has no "
+            "config.vocab_size, got none; give them as a tuple, or as a dict of keywords"
         )
     ids = torch.randint(0, vocab, (batch, time), generator=torch.Generator().manual_seed(0))
     return ids.to(next(model.parameters()).device)
@@ -122,7 +122,10 @@ def record_calls(
     calls: dict[str, ModuleCall] = {}
 
     def hook_for(path: str) -> Any:
+        """The hook on the module at this path."""
+
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            """Keeps this call and counts it."""
             times = calls[path].times + 1 if path in calls else 1
             calls[path] = ModuleCall(args, dict(kwargs), result, times)
 
@@ -151,6 +154,7 @@ class _Recorder(Interpreter):
         self.values: Values = {}
 
     def run_node(self, n: Node) -> Any:
+        """The node's value, kept where it is wanted."""
         value = super().run_node(n)
         if n in self.wanted:
             self.values[n] = value
@@ -184,6 +188,7 @@ def evaluate(target: Node, values: Values, known: Values) -> Any:
     memo: Values = dict(known)
 
     def value_of(node: Node) -> Any:
+        """Recorded, known, or computed from its inputs; each once."""
         if node not in memo:
             if node in values:
                 memo[node] = values[node]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -18,8 +20,9 @@ def check_model(model: nn.Module) -> None:
                 f"{path or 'its root'}; convert before wrapping"
             )
     if getattr(model, "hf_quantizer", None) is not None:
+        config: Any = model.config
         raise ValueError(
-            f"model: expected one that is not quantised, got {model.config.quantization_config}; "  # type: ignore[union-attr]
+            f"model: expected one that is not quantised, got {config.quantization_config}; "
             "convert before quantising"
         )
     for name, parameter in model.named_parameters():
@@ -33,8 +36,8 @@ def check_model(model: nn.Module) -> None:
                 _check_weight(f"{path}.{name}", weight)
         if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
             raise ValueError(
-                f"rope_type of {path} must keep its frequencies at all lengths, "
-                f"got {module.rope_type}"
+                f"rope_type: expected one with the same frequencies at all lengths, got "
+                f"{module.rope_type} in {path}; load the model with another, such as 'yarn'"
             )
 
 

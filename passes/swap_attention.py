@@ -110,9 +110,13 @@ class SwappedAttention(nn.Module):
 
     # The attention's callers decide these arguments, so this signature is open.
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the attention's callers call, by the route: mixer, original or zero."""
         if self.route == "original":
             if self.original is None:
-                raise ValueError("route must be 'mixer' or 'zero' here: the original is gone")
+                raise ValueError(
+                    "route: expected 'mixer' or 'zero', as finalize dropped the original, "
+                    "got 'original'"
+                )
             return self.original(*args, **kwargs)
         call = self.convention.read(args, kwargs)
         if self.route == "zero":
@@ -131,6 +135,7 @@ class SwappedAttention(nn.Module):
         return y.view(x.shape), state
 
     def extra_repr(self) -> str:
+        """The route, where the model is printed."""
         return f"route={self.route!r}"
 
 
@@ -145,10 +150,16 @@ def swap_attention(
         convention: None for the plain one recorded in the site.
     """
     if site.inline is not None:
-        raise ValueError(f"site must have a module of its own, got one inline in {site.path!r}")
+        raise ValueError(
+            f"site: expected one with a module of its own, got one inline in {site.path!r}; "
+            "outline_sites makes that module"
+        )
     original = model.get_submodule(site.path)
     if isinstance(original, SwappedAttention):
-        raise ValueError(f"site.path must name an attention, got {site.path}, already swapped")
+        raise ValueError(
+            f"site.path: expected an attention, got {site.path}, already swapped; "
+            "restore_attention puts it back"
+        )
     swapped = SwappedAttention(mixer, original, convention or PlainConvention.of(site))
     take_place(swapped, original)
     swapped.train(original.training)
@@ -162,7 +173,10 @@ def restore_attention(model: nn.Module, path: str) -> nn.Module:
     """Puts the original back where swap_attention took it, unfrozen as it was, and returns it."""
     swapped = model.get_submodule(path)
     if not isinstance(swapped, SwappedAttention) or swapped.original is None:
-        raise ValueError(f"path must name a swap that kept its original, got {path}: {swapped}")
+        raise ValueError(
+            f"path: expected a swap that kept its original, got {path}: {swapped}; "
+            "what was finalized cannot be put back"
+        )
     for parameter in swapped.trained:
         parameter.requires_grad_(True)
     model.set_submodule(path, swapped.original, strict=True)

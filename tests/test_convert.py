@@ -208,7 +208,7 @@ def test_finalize_drops_the_teacher():
     assert logits(model, ids).equal(want)
     with (
         routed(model, "original"),
-        pytest.raises(ValueError, match="route must be 'mixer' or 'zero' here"),
+        pytest.raises(ValueError, match="route: expected 'mixer' or 'zero', as finalize"),
     ):
         logits(model, ids)
 

@@ -208,10 +208,12 @@ def test_weights_are_detached_views():
 
 
 def test_errors_name_the_argument():
-    with pytest.raises(ValueError, match=r"example_inputs must hold .* got none"):
+    with pytest.raises(ValueError, match=r"example_inputs: expected the inputs .* got none"):
         find_attention(MODELS["handwritten"]().model)
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(ValueError, match=r"rope_type of model\.rotary_emb .* got dynamic"):
+    with pytest.raises(
+        ValueError, match=r"rope_type: expected .* got dynamic in model\.rotary_emb"
+    ):
         find_attention(llama(rope_parameters=dynamic)().model)
 
 
@@ -366,7 +368,7 @@ def test_swap_errors():
     with pytest.raises(ValueError, match=r"got blocks\.0\.attention, already swapped"):
         swap_attention(case.model, site, swapped.mixer)
     swapped.original, swapped.route = None, "original"
-    with pytest.raises(ValueError, match="route must be 'mixer' or 'zero' here"):
+    with pytest.raises(ValueError, match="route: expected 'mixer' or 'zero', as finalize"):
         case.model(*case.inputs)
 
 

@@ -283,7 +283,9 @@ def test_errors_name_what_they_need():
         flacompile.convert(case.model, "attn", example_inputs=(ids_of(1, 20),))
     site = find_attention(case.model, case.inputs).sites[1]
     assert (site.path, site.inline) == ("blocks.1", 0)
-    with pytest.raises(ValueError, match=r"site must have a module .* inline in 'blocks\.1'"):
+    with pytest.raises(
+        ValueError, match=r"site: expected one with a module .* inline in 'blocks\.1'"
+    ):
         swap_attention(case.model, site, nn.Identity())
     with pytest.raises(ValueError, match="example_inputs: expected those of one call"):
         flacompile.convert(torch.fx.symbolic_trace(case.model))
