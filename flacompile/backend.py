@@ -130,7 +130,8 @@ def flacompile(
 
     mixer, choices, inductor = read_options(options or {})
     swap_calls(gm, mixer, choices)
-    return compile_fx(gm, list(example_inputs), config_patches=inductor)  # type: ignore[return-value]
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=inductor)
+    return compiled
 
 
 def read_options(options: dict[str, Any]) -> tuple[str, dict[str, str], dict[str, Any]]:

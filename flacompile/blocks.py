@@ -44,6 +44,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] -> y of its shape and dtype."""
         y = at_least_fp32(x)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         if self.weight is not None:
@@ -145,6 +146,7 @@ class Hedgehog(nn.Module):
         nn.init.zeros_(self.layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., 2 K], above 0 and of sum one."""
         y = 2 * self.layer(x)
         return torch.cat((y, -y), -1).softmax(-1)
 
@@ -157,6 +159,7 @@ class T2R(nn.Module):
         self.layer = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., K], 0 or more."""
         return self.layer(x).relu()
 
 
@@ -169,6 +172,7 @@ class ElementwiseProduct(nn.Module):
         self.layer2 = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., K], of either sign."""
         return self.layer1(x) * self.layer2(x)
 
 
@@ -179,6 +183,7 @@ class DPFP(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., 8 K], 0 or more."""
         r = torch.cat((x, -x), -1).relu()
         return torch.cat([r * r.roll(j, -1) for j in range(1, 5)], -1)
 
@@ -191,6 +196,7 @@ class Elementwise(nn.Module):
         self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., K]."""
         return self.function(x)
 
 

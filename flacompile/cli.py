@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
+        """A command with its one line of help."""
         return commands.add_parser(name, help=text, description=text)
 
     convert = add("convert", "Replace softmax attention by a linear mixer; report; no training.")
@@ -166,6 +167,7 @@ def export_progress() -> Iterator[Any]:
     with tqdm(total=len(STAGES), desc="export", unit="stage") as bar:
 
         def stage(name: str) -> None:
+            """Ends the stage before, if there was one, and names this one."""
             bar.update(int(bar.postfix is not None))
             bar.set_postfix_str(name)
 

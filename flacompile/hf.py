@@ -71,6 +71,7 @@ class TransformersConvention(PlainConvention):
     padded: bool = True
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """x, the state of this layer's place in the cache, and which tokens are real."""
         x = super().read(args, kwargs).x
         # Models disagree on the argument's name: past_key_values, layer_past.
         caches = (v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length"))
@@ -83,6 +84,7 @@ class TransformersConvention(PlainConvention):
         return Call(x, None if slot is None else slot.state, mask, slot)
 
     def write(self, call: Call, y: Tensor, state: Any) -> Any:
+        """The state goes into the cache, y to where the attention's caller looks."""
         if call.cache is not None:
             call.cache.put(state, y.shape[1])
         return super().write(call, y, state)
@@ -93,11 +95,12 @@ def convention_of(model: nn.Module, site: AttentionSite) -> PlainConvention:
     plain = PlainConvention.of(site)
     if not is_transformers(model):
         return plain
+    fields: dict[str, Any] = dataclasses.asdict(plain)
     module = model.get_submodule(site.path)
     index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
     if index is None:
         raise ValueError(f"model: expected a layer_idx in each attention, got none in {site.path}")
-    return TransformersConvention(**dataclasses.asdict(plain), layer=index)  # type: ignore[arg-type]
+    return TransformersConvention(**fields, layer=index)
 
 
 def real_tokens(mask: Tensor, x: Tensor, seen: int | Tensor) -> Tensor:
@@ -153,8 +156,8 @@ def run_with_states(
 
     from flacompile.hf_cache import StateLayer
 
-    slots = [StateLayer(state) for state in states]
-    options: dict[str, Any] = {"past_key_values": Cache(layers=slots), "use_cache": True}  # type: ignore[arg-type]
+    slots: list[Any] = [StateLayer(state) for state in states]
+    options: dict[str, Any] = {"past_key_values": Cache(layers=slots), "use_cache": True}
     if "position_ids" in inspect.signature(model.forward).parameters:
         # Mixers read no mask; one of four dimensions is taken as it is, and none is computed.
         options |= {"position_ids": position, "attention_mask": ids.new_ones(1, 1, 1, 1).bool()}

@@ -31,6 +31,7 @@ class AfterImport(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_then(module: Any) -> None:
+            """The module's own code, and then what waited for it."""
             execute(module)
             self.then()
 

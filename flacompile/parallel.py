@@ -79,11 +79,13 @@ def _on_dtensors(function: Callable[..., Any], mesh: DeviceMesh) -> Callable[...
     """``function`` of whole tensors, told that they are; its first result is a whole tensor."""
 
     def known(x: Any) -> Any:
+        """A tensor as one that every process of the mesh has whole."""
         plain = isinstance(x, Tensor) and not isinstance(x, DTensor)
         return DTensor.from_local(x, mesh, [Replicate()], run_check=False) if plain else x
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        """As ``function``, with what it creates counted as whole too."""
         args, kwargs = tree_map(known, (args, kwargs))
         with implicit_replication(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found a non-scalar tensor with numel=1")

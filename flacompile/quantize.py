@@ -89,6 +89,7 @@ def projections(model: nn.Module) -> Filter:
     others, shared = {head, *_read_directly(model)}, _shared_weights(model)
 
     def is_projection(module: nn.Module, name: str) -> bool:
+        """Whether torchao's ``quantize_`` shall take this module."""
         return isinstance(module, nn.Linear) and module not in others and name not in shared
 
     return is_projection

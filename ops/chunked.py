@@ -40,7 +40,8 @@ def chunked(
     time, key_dim, value_dim = q.shape[1], q.shape[-1], v.shape[-1]
     num_chunks = (time + chunk - 1) // chunk
 
-    def split(x: Tensor) -> Tensor:  # [B, T, H, X] -> [B, H, n, C, X]
+    def split(x: Tensor) -> Tensor:
+        """[B, T, H, X] -> [B, H, n, C, X]"""
         x = F.pad(x.to(state.dtype), (0, 0, 0, 0, 0, num_chunks * chunk - time))
         return x.unflatten(1, (num_chunks, chunk)).permute(0, 3, 1, 2, 4)
 
@@ -83,7 +84,8 @@ def _inside_diagonal(q: Tensor, k: Tensor, v: Tensor, gk: Tensor, gv: Tensor) ->
     span = chunk
     while span > 1:
 
-        def halves(x: Tensor, half: int) -> Tensor:  # [..., C, X] -> [..., C / span, span / 2, X]
+        def halves(x: Tensor, half: int) -> Tensor:
+            """[..., C, X] -> [..., C / span, span / 2, X]"""
             return x.unflatten(-2, (chunk // span, 2, span // 2))[..., half, :, :]  # noqa: B023
 
         right = halves(q, 1) * halves(gk, 1).cumsum(-2).exp()

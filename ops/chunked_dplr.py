@@ -51,6 +51,7 @@ def chunked_sweep(
     time = a.shape[1]
 
     def split(x: Tensor) -> Tensor:
+        """[B, T, H, X] -> [B, H, n, C, X], in the dtype of the state."""
         return split_chunks(x.to(state.dtype), num_chunks, chunk)
 
     a, b = split(a), split(b)
@@ -123,12 +124,13 @@ def between(rows: Tensor, columns: Tensor, g: Tensor) -> Tensor:
         weights = weights.unflatten(-2, (chunk, R)).unflatten(-1, (chunk, W))
         return weights * decay[..., :, None, :, None]
     blocks = g.new_zeros(*g.shape[:-1], R, W)  # on the diagonal: [..., C / span, R span, W span]
-    span = 2
+    span, dim = 2, g.ndim - 2
     while span <= chunk:
 
-        def halves(x: Tensor, half: int) -> Tensor:  # [..., C, *] -> [..., C / span, span / 2, *]
-            dim = g.ndim - 2
-            return x.unflatten(dim, (chunk // span, 2, span // 2)).select(dim + 1, half)  # noqa: B023
+        def halves(x: Tensor, half: int) -> Tensor:
+            """[..., C, *] -> [..., C / span, span / 2, *]"""
+            x = x.unflatten(dim, (chunk // span, 2, span // 2))  # noqa: B023
+            return x.select(dim + 1, half)
 
         right = halves(rows, 1) * before(halves(g, 1)).exp()[..., None, :]
         left = halves(columns, 0) * after(halves(g, 0)).exp()[..., None, :]

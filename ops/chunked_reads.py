@@ -59,7 +59,8 @@ def _add_inside(o: Tensor, x: Tensor, k: Tensor, v: Tensor, g: Tensor) -> None:
     span, dim = 2, g.ndim - 2
     while span <= chunk:
 
-        def halves(z: Tensor, half: int) -> Tensor:  # [.., C, *] -> [.., C / span, span / 2, *]
+        def halves(z: Tensor, half: int) -> Tensor:
+            """[..., C, *] -> [..., C / span, span / 2, *]"""
             return z.unflatten(dim, (-1, 2, span // 2)).select(dim + 1, half)  # noqa: B023
 
         left = halves(k, 0) * after(halves(g, 0)).exp()[..., None, :]

@@ -68,15 +68,18 @@ def direct(
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> Any:
+            """The kernels on the inputs."""
             return kernels(*args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            """What ``setup`` keeps of inputs and output."""
             setup(ctx, inputs, output)
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *gradients: Any) -> Any:
+            """One gradient an input, of those of the outputs."""
             return backward(ctx, *gradients)
 
     return Direct
@@ -147,6 +150,7 @@ def _unsearched(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def call(*args: Any) -> Any:
+        """``function``, behind a wrapper that has no source."""
         return function(*args)
 
     call.__wrapped__ = partial(function)  # whose signature is known, and whose source is not

@@ -184,6 +184,7 @@ def _backward_fake(
     cu_seqlens: Tensor | None, scale: float, u: Tensor, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> Six:  # fmt: skip
     def like(x: Tensor | None) -> Tensor:
+        """The gradient of x; empty where there is no x."""
         return state.new_empty(0) if x is None else x.new_empty(x.shape)
 
     return like(q), like(k), like(v), like(g), like(beta), like(state)

@@ -55,11 +55,13 @@ def scan_chunks(g: Tensor, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     time = x.shape[1]
     num_chunks = (time + CHUNK - 1) // CHUNK
 
-    def split(z: Tensor) -> Tensor:  # [B, T, D] -> [B n, C, D]
+    def split(z: Tensor) -> Tensor:
+        """[B, T, D] -> [B n, C, D]"""
         z = F.pad(z, (0, 0, 0, num_chunks * CHUNK - time))
         return z.reshape(-1, CHUNK, z.shape[2])
 
-    def join(z: Tensor) -> Tensor:  # [B n, *, D] -> [B, n *, D]
+    def join(z: Tensor) -> Tensor:
+        """[B n, *, D] -> [B, n *, D]"""
         return z.reshape(x.shape[0], -1, x.shape[2])
 
     g, h = split(g), split(x)

@@ -56,6 +56,7 @@ def rules(op: str, *args: Any) -> list[Rule]:
     empty = {i for i, x in enumerate(args) if x is None and inputs[i] != "."}
 
     def place(axes: str, split: str, missing: Placement) -> Placement:
+        """Split along the first of these axes that a tensor has, or as ``missing`` says."""
         at = [i for i, axis in enumerate(axes) if axis in split]
         return Shard(at[0]) if at else missing if split else Replicate()
 
@@ -95,6 +96,7 @@ def placed(args: tuple[Any, ...]) -> tuple[Any, ...] | list[Any]:
     whole = [Replicate()] * mesh.ndim
 
     def known(x: Any) -> Any:
+        """A plain tensor as one that every process of the mesh has whole."""
         plain = isinstance(x, Tensor) and not isinstance(x, DTensor)
         return DTensor.from_local(x, mesh, whole, run_check=False) if plain else x
 

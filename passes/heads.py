@@ -51,6 +51,7 @@ def read_heads(draft: Draft, model: nn.Module, values: Values) -> Heads:
         raise NotProvable("keys and values differ in their number of heads")
 
     def projection(branch: Branch) -> Projection:
+        """The rows of the branch's matrix that are those of the heads, in their order."""
         rows = runs(columns[branch.name], probes[branch.name].width)
         return projection_of(branch.projection, rows)
 

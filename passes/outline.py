@@ -277,12 +277,15 @@ def _moved(
     new = {id(p): f"{path}.{n}" for n, p in model.get_submodule(path).named_parameters()}
 
     def name(old: str | None) -> str | None:
+        """The new name of a parameter; None stays None."""
         return old and new[id(parameters[old])]
 
     def projection(old: Projection) -> Projection:
+        """With the new names of its weight and bias."""
         return replace(old, fqn=name(old.fqn), bias_fqn=name(old.bias_fqn))
 
     def norm(old: NormSite | None) -> NormSite | None:
+        """With the new name of its weight."""
         return old and replace(old, fqn=name(old.fqn))
 
     moved = {n: projection(getattr(site, n)) for n in "qkvo"}

@@ -30,6 +30,7 @@ class Probe:
         """columns [n, width], the same for every token -> [n, H, T, K] of the first sequence."""
 
         def one(column: Tensor) -> Tensor:
+            """column [width] -> what the branch ends in, [B, H, T, K]."""
             known = {self.branch.projection.node: self.zero + column}
             if self.norm is not None:
                 start = evaluate(self.norm.start, self.constants, known)

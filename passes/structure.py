@@ -174,6 +174,7 @@ def find_result(
     """
 
     def is_y(value: Any) -> bool:
+        """Whether the value is y, within the rounding of its dtype."""
         return isinstance(value, Tensor) and agrees(y, value, value.dtype)
 
     if is_y(result):

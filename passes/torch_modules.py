@@ -38,6 +38,7 @@ def as_one_node(model: nn.Module) -> Iterator[None]:
 
 def _setting(name: str, place: int, value: bool) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments with this one set, by place or by name."""
         if len(args) > place:
             return (*args[:place], value, *args[place + 1 :]), kwargs
         return args, {**kwargs, name: value}

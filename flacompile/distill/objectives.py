@@ -80,6 +80,7 @@ def kl_divergence(student: Hidden, teacher: Hidden) -> Tensor:
     """Mean over positions of KL(teacher || student), in nats."""
 
     def part(h: Tensor, t: Tensor) -> Tensor:
+        """Σ p (log p - log q) over the rows of h and t [R, D], p the teacher's."""
         log_p = F.log_softmax(F.linear(t, teacher.weight, teacher.bias).float(), -1)
         log_q = F.log_softmax(F.linear(h, student.weight, student.bias).float(), -1)
         return (log_p.exp() * (log_p - log_q)).sum()
@@ -92,6 +93,7 @@ def cross_entropy(student: Hidden, targets: Tensor) -> Tensor:
     """Mean of -log q(target) over the targets [B, T] that are not negative, in nats."""
 
     def part(h: Tensor, y: Tensor) -> Tensor:
+        """Σ -log q(y) over the rows of h [R, D], y [R]; a negative y counts nothing."""
         logits = F.linear(h, student.weight, student.bias).float()
         return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
 

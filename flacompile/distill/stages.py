@@ -30,6 +30,7 @@ def make_objective(
         return _align(model, precision)
 
     def objective(batch: Batch, share: float) -> Tensor:
+        """Backward of share times the loss of the logits, which it returns."""
         with packed(model, batch.cu_seqlens):
             with precision:
                 loss = _loss(stage, model, teacher, batch)
@@ -56,6 +57,7 @@ def _align(model: nn.Module, precision: torch.autocast) -> Objective:
     layers = swapped(body)
 
     def objective(batch: Batch, share: float) -> Tensor:
+        """Backward of share times each mixer's error; their mean."""
         with precision:
             io = objectives.attention_io(body, batch.ids, batch.position_ids)
         total = torch.zeros((), device=batch.ids.device)

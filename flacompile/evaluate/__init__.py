@@ -243,7 +243,10 @@ def _silenced(teacher: nn.Module, layers: dict[str, SwappedAttention]) -> Iterat
     """Inside the block the teacher's attentions at these paths add nothing."""
 
     def hook_for(layer: SwappedAttention) -> Any:
+        """The hook on the original of this layer."""
+
         def hook(module: nn.Module, args: Any, result: Any) -> Any:
+            """The result with zeros for y, and the rest of it as its callers expect."""
             nothing = torch.zeros_like(layer.convention.output(result))
             return layer.convention.write(Call(nothing), nothing, None)
 

@@ -40,6 +40,7 @@ def mqar(
     generator = torch.Generator().manual_seed(seed)
 
     def shuffled(count: int) -> Tensor:
+        """[rows, count], an order of 0 to count - 1 in each row."""
         return torch.rand(rows, count, generator=generator).argsort(1)
 
     key = 1 + shuffled(keys)[:, :pairs]

@@ -71,6 +71,7 @@ def needles(tokens: Tensor, distance: int, count: int, seed: int = 0) -> Needles
     generator = torch.Generator().manual_seed(seed * 1_000_003 + distance)
 
     def spans(size: int) -> Tensor:
+        """[count, size] tokens in a row of the text, from places drawn at random."""
         starts = torch.randint(len(tokens) - size + 1, (count, 1), generator=generator)
         return tokens[(starts + torch.arange(size)).to(tokens.device)]
 

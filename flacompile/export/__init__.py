@@ -92,6 +92,7 @@ def export(
             )
 
         def write(temporary: Path) -> None:
+            """The package, under a name of its own until it has passed its gate."""
             progress("gate")
             package = temporary.with_suffix(".pt2")  # the packager insists on the suffix
             try:

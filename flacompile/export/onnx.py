@@ -88,6 +88,7 @@ def load_graph(path: Path) -> Callable[..., list[Tensor]]:
     names = [value.name for value in session.get_inputs()]
 
     def run(ids: Tensor, states: tuple[Tensor, ...]) -> list[Tensor]:
+        """Logits, then the next states."""
         inputs = dict(zip(names, (x.numpy() for x in (ids, *states)), strict=True))
         return [torch.from_numpy(x) for x in session.run(None, inputs)]
 
@@ -125,6 +126,7 @@ def _refuse_wrong_calls(model: Any) -> None:
     tape = ir.tape.Tape()
 
     def constant(value: int) -> Any:
+        """A tensor [1] of int64."""
         return tape.op("Constant", [], {"value_ints": [value]})
 
     batch, time = (tape.op("Shape", [ids], {"start": i, "end": i + 1}) for i in (0, 1))

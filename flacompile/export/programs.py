@@ -42,6 +42,7 @@ class Step(nn.Module):
         self.empty = [x for _, x in named]
 
     def forward(self, ids: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """ids [B, T], the leaves of the states -> logits [B, vocabulary], the next leaves."""
         states = pytree.tree_unflatten(list(leaves), self.layout)
         time = torch.arange(ids.shape[1], device=ids.device)
         position = states[0].position[:, None] + time

@@ -77,6 +77,7 @@ class ABCAttention(QKVMixer, RecurrentMixer):
         return (heads, self.key_dim, slots), (heads, slots, self.value_dim), *[(heads, slots)] * 2
 
     def by_heads(self, streams: Sequence[Tensor], tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """As the base class, behind silu where ``use_input_gate``."""
         if self.config.use_input_gate:
             streams = [F.silu(stream) for stream in streams]
         return super().by_heads(streams, tokens)
@@ -84,6 +85,7 @@ class ABCAttention(QKVMixer, RecurrentMixer):
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """q [B, T, H, K], k, v of all heads, and s = W_s x [B, T, H, M], clamped."""
         q, k, v, conv = self.qkv(x, conv, tokens)
         s = self.s_proj(x).unflatten(-1, (-1, self.num_slots))
         if self.config.clamp_min is not None or self.config.clamp_max is not None:
@@ -97,6 +99,7 @@ class ABCAttention(QKVMixer, RecurrentMixer):
         state: tuple[Tensor, ...] | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(q, k, v, s) -> o: a read of H^k by q, a softmax over slots, a read of H^v."""
         packed = partial(linear_attn, cu_seqlens=cu_seqlens)
         weigh = partial(self.running, cu_seqlens=cu_seqlens)
         return self._attend(inputs, state, packed, weigh)
@@ -104,6 +107,7 @@ class ABCAttention(QKVMixer, RecurrentMixer):
     def mix_step(
         self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As ``mix``, for inputs [B, H, *]."""
         return self._attend(inputs, state, linear_attn_step, self.running.step)
 
     def _attend(
@@ -123,6 +127,7 @@ class ABCAttention(QKVMixer, RecurrentMixer):
         return o, (keys, values, *sums)
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """y = W_o [RMSNorm(o) ⊙ silu(W_g x)], each where the config has it."""
         if self.config.use_norm:
             o = self.g_norm(o)
         o = o.flatten(2)

@@ -54,10 +54,12 @@ class Attention(QKVMixer, CachedMixer):
         return ((self.kv_heads, self.key_dim),) * 2
 
     def project(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """q, and k after rotary and v, which are kept."""
         q, k, v, _ = self.qkv(x, None, tokens)
         return q, (k, v)
 
     def mix(self, q: Tensor, cached: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        """o_t = Σ_s softmax_s(scale q_t·k_s) v_s, see ``attend``."""
         k, v = cached
         return attend(q, k, v, mask, self.scale, self.config.logit_softcapping)
 

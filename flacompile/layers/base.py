@@ -288,12 +288,14 @@ class RecurrentMixer(Mixer):
     def sequence(
         self, x: Tensor, state: RecurrentState | None, tokens: Tokens
     ) -> tuple[Tensor, RecurrentState]:
+        """``project``, ``mix`` and ``output``, with the state of each read and written."""
         conv, recurrent = (None, None) if state is None else (state.conv, state.recurrent)
         inputs, conv = self.project(x, conv, tokens)
         o, recurrent = self.mix(inputs, recurrent, tokens.cu_seqlens)
         return self.output(o, x, inputs), RecurrentState(recurrent, conv, tokens.end)
 
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        """``advance``, once x [B, D] and the state are seen to fit."""
         self.validate_step(x, state)
         return self.advance(x, state)
 
@@ -307,6 +309,7 @@ class RecurrentMixer(Mixer):
         return y, RecurrentState(recurrent, conv, tokens.end)
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> RecurrentState:
+        """Zeros: the recurrent ones in fp32 at least, what a conv keeps in the weights' dtype."""
         weight = next(self.parameters())
         device = weight.device if device is None else device
         accumulator = torch.promote_types(weight.dtype, torch.float32)
@@ -323,6 +326,7 @@ class RecurrentMixer(Mixer):
         )
 
     def validate_state(self, state: RecurrentState, num_sequences: int) -> None:
+        """Number, shapes and, of the recurrent tensors, the dtype."""
         check_shape("state.position", state.position, (num_sequences,))
         accumulator = torch.promote_types(next(self.parameters()).dtype, torch.float32)
         for name, parts, shapes in (

@@ -60,6 +60,7 @@ class BasedLinearAttention(FeatureAttention):
         self.scale, self.qk_scale = 1.0, K**-0.5 if config.scale is None else config.scale
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """φ(q)·φ(k) = 1 + a + a²/2 with a = qk_scale q·k, see ``taylor_features``."""
         return taylor_features(q, k, self.qk_scale)
 
     @classmethod

@@ -53,6 +53,7 @@ class BitLinear(nn.Linear):
         self.rounds = True
 
     def forward(self, input: Tensor) -> Tensor:
+        """input [..., in_features] -> y [..., out_features] in its dtype."""
         x = at_least_fp32(input)
         x = x if self.norm is None else self.norm(x)
         if not self.rounds:
@@ -100,6 +101,7 @@ class BitAttention(Attention):
     config: Config
 
     def linear(self, inputs: int, outputs: int, bias: bool) -> nn.Linear:
+        """Each projection is a ``BitLinear``."""
         eps = self.config.norm_eps if self.config.input_norm else None
         return BitLinear(inputs, outputs, bias, eps)
 

@@ -52,6 +52,7 @@ class CachedMixer(Mixer):
 
     @property
     def keeps_size(self) -> bool:
+        """Whether there is a window."""
         return self.window_size is not None
 
     @property
@@ -77,6 +78,7 @@ class CachedMixer(Mixer):
     def sequence(
         self, x: Tensor, state: AttentionState | RoomState | None, tokens: Tokens
     ) -> tuple[Tensor, AttentionState | RoomState]:
+        """What is kept goes into a state with room in place, behind another as a longer one."""
         q, new = self.project(x, tokens)
         if isinstance(state, RoomState):
             kept, sees = _fill(state, new, tokens)
@@ -93,6 +95,7 @@ class CachedMixer(Mixer):
     def step(
         self, x: Tensor, state: AttentionState | RoomState
     ) -> tuple[Tensor, AttentionState | RoomState]:
+        """As ``sequence``; in a window the token takes the place of the oldest."""
         self.validate_step(x, state)
         x = x[:, None]
         tokens = Tokens.of(x, state.position, None, None)
@@ -111,6 +114,7 @@ class CachedMixer(Mixer):
         return self.output_layer(o.flatten(2))[:, 0], next_state
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> AttentionState:
+        """No token kept, or as many empty ones as the window has."""
         weight = next(self.parameters())
         device = weight.device if device is None else device
         rows = (batch_size, self.window_size or 0)
@@ -141,6 +145,7 @@ class CachedMixer(Mixer):
     def validate(
         self, x: Tensor, state: Any, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> None:
+        """As the base class; a state with room is for rows without mask and packing."""
         has_room = isinstance(state, RoomState)
         super().validate(x, None if has_room else state, mask, cu_seqlens)
         if has_room:
@@ -149,6 +154,7 @@ class CachedMixer(Mixer):
             self.validate_state(state, x.shape[0])
 
     def validate_state(self, state: AttentionState | RoomState, num_sequences: int) -> None:
+        """Number and shapes of what is kept, and of valid and position."""
         rows = (num_sequences, state.cached[0].shape[1])
         if isinstance(state, AttentionState):
             check_shape("state.valid", state.valid, rows)

@@ -28,7 +28,9 @@ def from_entry(entry: dict[str, Any]) -> Mixer.Config:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mixer.Config):
         return to_entry(value)
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value
 
 
 def _revived(name: str, value: Any) -> Any:

@@ -89,6 +89,7 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """S, one [K, V] a head of v."""
         return ((self.heads, self.key_dim, self.value_dim),)
 
     @property
@@ -99,6 +100,7 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
 
     @property
     def output_heads(self) -> int:
+        """Those of v."""
         return self.heads
 
     def beta(self, x: Tensor) -> Tensor:
@@ -116,6 +118,7 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """q, k of length one [B, T, *, K], v, g and β; of n steps k, v and β have n H heads."""
         q, k, v, conv = self.qkv(x, conv, tokens)
         q, k, v = self.activation(q), self.activation(k), self.activation(v)
         g, beta = tokens.zero_padding(self.decay(x)), tokens.zero_padding(self.beta(x))
@@ -129,6 +132,7 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
         state: tuple[Tensor, ...] | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """o = delta_rule(q, k, v, g, β)."""
         first = None if state is None else state[0]
         o, last = delta_rule(*inputs, scale=self.scale, state=first, cu_seqlens=cu_seqlens)
         return o, (last,)
@@ -136,10 +140,12 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
     def mix_step(
         self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As ``mix``, for inputs [B, H, *]."""
         o, last = delta_rule_step(*inputs, scale=self.scale, state=state[0])
         return o, (last,)
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """y = W_o [RMSNorm(o) ⊙ gate(W_g x)], each where the config has it."""
         o = self.o_norm(o).flatten(2)
         return self.o_proj(o if self.gate is None else o * self.gate(self.g_proj(x)))
 
@@ -172,6 +178,7 @@ class GatedDeltaRule(QKVMixer, RecurrentMixer):
         self.b_proj.bias[-self.heads :].copy_(share.logit())
 
     def attention_rows(self, name: str, parameter: Tensor) -> Tensor:
+        """Of k and v the rows of the last step, which writes as the attention did."""
         return parameter.unflatten(0, (self.steps, -1))[-1] if name in ("k", "v") else parameter
 
     @torch.no_grad()
@@ -220,4 +227,5 @@ class GatedDeltaNet(GatedDeltaRule):
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
+        """``conversion_fields``, and no output gate."""
         return cls.Config(**cls.conversion_fields(site), use_gate=False)

@@ -43,6 +43,7 @@ class GatedDeltaProduct(GatedDeltaRule):
         state: tuple[Tensor, ...] | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The n steps of a token as n tokens of the delta rule; one decays, one reads."""
         n, (q, k, v, g, beta) = self.config.num_householder, inputs
         q = F.pad(q[:, :, None], (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)  # [B, n T, H, K]
         g = F.pad(g[:, :, None], (0, 0, 0, n - 1)).flatten(1, 2)
@@ -54,6 +55,7 @@ class GatedDeltaProduct(GatedDeltaRule):
     def mix_step(
         self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """n steps of the delta rule, of which the first decays; o is that of the last."""
         n, (q, k, v, g, beta) = self.config.num_householder, inputs
         o = v
         for step in zip(*(x.unflatten(1, (n, -1)).unbind(1) for x in (k, v, beta)), strict=True):
@@ -64,4 +66,5 @@ class GatedDeltaProduct(GatedDeltaRule):
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
+        """``conversion_fields``, and no output gate."""
         return cls.Config(**cls.conversion_fields(site), use_output_gate=False)

@@ -66,6 +66,7 @@ class DecayedAttention(QKVMixer, RecurrentMixer):
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """S, one [K, V] a head."""
         return ((self.config.num_heads, self.key_dim, self.value_dim),)
 
     def decay(self, x: Tensor) -> Tensor:
@@ -80,6 +81,7 @@ class DecayedAttention(QKVMixer, RecurrentMixer):
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """φ(q), φ(k), v and the decay g, of all heads; k and g are zero at padding."""
         q, k, v, conv = self.qkv(x, conv, tokens)
         q, k = self.feature_map(q), tokens.zero_padding(self.feature_map(k))
         g = tokens.zero_padding(self.decay(x))
@@ -87,6 +89,7 @@ class DecayedAttention(QKVMixer, RecurrentMixer):
         return (q, k, v, g), conv
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """y = W_o [RMSNorm(o) ⊙ gate(W_g x)], each where the config has it."""
         if self.config.output_norm:
             o = self.get_submodule(self.norm_name)(o)
         o = o.flatten(2)
@@ -148,14 +151,17 @@ class GatedLinearAttention(DecayedAttention):
         )
 
     def decay(self, x: Tensor) -> Tensor:
+        """g = log σ(W_2 W_1 x + b) / normalizer, [B, T, H_kv, K]."""
         g = F.logsigmoid(at_least_fp32(self.gk_proj(x))) / self.config.gate_logit_normalizer
         g = g if self.config.clamp_min is None else g.clamp(min=self.config.clamp_min)
         return g.unflatten(-1, (self.kv_heads, self.key_dim))
 
     @property
     def decay_layer(self) -> nn.Linear:
+        """W_2 and b, of every key channel."""
         return self.gk_proj[1]  # type: ignore[return-value]
 
     @property
     def decay_groups(self) -> list[range]:
+        """Heads with one key have one decay."""
         return self.heads_by_key

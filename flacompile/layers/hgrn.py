@@ -104,6 +104,7 @@ class ForgetMixer(RecurrentMixer):
 
     @property
     def conv_shapes(self) -> tuple[tuple[int, int], ...]:
+        """The last inputs of each convolution, where there are some."""
         if not self.config.use_short_conv:
             return ()
         weights = [self.get_parameter(f"{name}_conv1d.weight") for name in self.streams]
@@ -166,11 +167,13 @@ class HGRNAttention(ForgetMixer):
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """h, one number a channel."""
         return ((self.o_proj.in_features,),)
 
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """g = log f and (1 - f) ⊙ silu(i), both [B, T, C] and zero at padding."""
         (i, f), conv = self.project_streams(x, conv, tokens)
         g, write = self.forget(f)
         i = (write * self.activation(i)).to(i.dtype)
@@ -182,16 +185,19 @@ class HGRNAttention(ForgetMixer):
         state: tuple[Tensor, ...] | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """h = scan(g, x), [B, T, C]."""
         h, last = scan(*inputs, state=None if state is None else state[0], cu_seqlens=cu_seqlens)
         return h, (last,)
 
     def mix_step(
         self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As ``mix``, for inputs [B, C]."""
         h, last = scan_step(*inputs, state=state[0])
         return h, (last,)
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """y = W_o [RMSNorm(h) ⊙ silu(W_g x)]."""
         o = self.g_norm(o) if self.config.output_norm else o
         return self.o_proj(o * F.silu(self.g_proj(x)))
 
@@ -215,7 +221,8 @@ class HGRNAttention(ForgetMixer):
         heads, copies = self.config.num_heads, self.config.timescales
         o = weights.o_weight.unflatten(1, (heads, 1, -1))
 
-        def values(v: Tensor) -> Tensor:  # [H_kv V, ...] -> [H copies V, ...]
+        def values(v: Tensor) -> Tensor:
+            """[H_kv V, ...] -> [H copies V, ...], for the heads of o and their timescales."""
             v = v.unflatten(0, (-1, 1, 1, o.shape[-1]))
             return v.expand(-1, heads // len(v), copies, *v.shape[3:]).flatten(0, 3)
 

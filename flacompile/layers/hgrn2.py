@@ -70,11 +70,13 @@ class HGRN2Attention(ForgetMixer, QKVMixer):
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """S, one [K, V] a head."""
         return ((self.output_heads, self.key_dim, self.value_dim),)
 
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """φ(q), k = 1 - f or (1 - f) ⊙ W_k x, v = W_i x, and g = log f, of all heads."""
         (q, f, i), conv = self.project_streams(x, conv, tokens)
         g, write = self.forget(f)
         k = write.to(q.dtype) if self.config.tie_keys else self.k_proj(x)
@@ -86,11 +88,13 @@ class HGRN2Attention(ForgetMixer, QKVMixer):
         return (q, k, v, g), conv
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """y = W_o RMSNorm(o), the norm over all heads."""
         o = o.flatten(2)
         return self.o_proj(self.g_norm(o) if self.config.output_norm else o)
 
     @property
     def decay_groups(self) -> list[range]:
+        """Heads with one f have one decay."""
         return self.heads_by_key
 
     def set_half_life(self, tokens: Tensor) -> None:

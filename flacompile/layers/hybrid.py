@@ -80,12 +80,14 @@ class HybridAttention(Mixer):
     def sequence(
         self, x: Tensor, state: HybridState | None, tokens: Tokens
     ) -> tuple[Tensor, HybridState]:
+        """y = W_o [s a; (1 - s) b], a of the window and b of the linear part."""
         near, past = (None, None) if state is None else state
         a, near = self.softmax.sequence(x, near, tokens)
         b, past = self.linear.sequence(x, past, tokens)
         return self.o_proj(self._mixed(a, b)), HybridState(near, past)
 
     def step(self, x: Tensor, state: HybridState) -> tuple[Tensor, HybridState]:
+        """As ``sequence``, for x [B, D]."""
         self.validate_step(x, state)
         a, near = self.softmax.step(x, state.softmax)
         b, past = self.linear.step(x, state.linear)
@@ -98,12 +100,14 @@ class HybridAttention(Mixer):
         return torch.cat(((s * a).flatten(-2), ((1 - s) * b).flatten(-2)), -1)
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None) -> HybridState:
+        """An empty window and an empty linear state."""
         return HybridState(
             self.softmax.init_state(batch_size, device=device),
             self.linear.init_state(batch_size, device=device),
         )
 
     def validate_state(self, state: HybridState, num_sequences: int) -> None:
+        """Each part looks at its own."""
         self.softmax.validate_state(state.softmax, num_sequences)
         self.linear.validate_state(state.linear, num_sequences)
 
@@ -120,10 +124,12 @@ class HybridAttention(Mixer):
 
     @property
     def neutral_half_life(self) -> Tensor:
+        """That of the linear part."""
         return self.linear.neutral_half_life
 
     @property
     def decay_groups(self) -> list[range]:
+        """Those of the linear part, whose pieces come after the softmax's."""
         near, past = self._pieces
         first = len(self.share) * near
         groups = self.linear.decay_groups
@@ -148,6 +154,7 @@ class HybridAttention(Mixer):
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:
+        """GLA beside the last ``WINDOW`` tokens of this attention."""
         return cls.around(GatedLinearAttention.config_for(site), site, WINDOW)
 
     @classmethod

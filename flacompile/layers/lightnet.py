@@ -80,6 +80,7 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """silu(q), k with no weight at padding, and v; mirrored, softmax([q, -q]) and [k, -k]."""
         q, k, v, conv = self.qkv(x, conv, tokens)
         if self.config.mirrored:
             q, k = torch.cat((q, -q), -1).softmax(-1), torch.cat((k, -k), -1)
@@ -94,6 +95,7 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
         state: tuple[Tensor, ...] | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """o = scale (q / Σ e^k) S with S_t = e^g S_{t-1} + e^k v^T, by ``running_softmax``."""
         q, k, v = inputs
         first, *sums = (None,) if state is None else state
         k, g, total, sums = self.running(k, tuple(sums) or None, cu_seqlens)
@@ -104,6 +106,7 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
     def mix_step(
         self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As ``mix``, for inputs [B, H, *]."""
         q, k, v = inputs
         k, g, total, sums = self.running.step(k, state[1:])
         q, k = (q / total).to(v.dtype), k.to(v.dtype)
@@ -111,6 +114,7 @@ class LightNetAttention(QKVMixer, RecurrentMixer):
         return o, (last, *sums)
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """y = W_o [RMSNorm(o) ⊙ swish(W_2 W_1 x)], each where the config has it."""
         o = o.flatten(2)
         if self.config.output_norm:
             o = self.g_norm(o)

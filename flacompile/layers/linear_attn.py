@@ -61,6 +61,7 @@ class FeatureAttention(QKVMixer, RecurrentMixer):
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """S, one [F, V] a head, and z as one more column where o is normalised."""
         value_dim = self.value_dim + (self.eps is not None)
         return ((self.config.num_heads, self.feature_dim, value_dim),)
 
@@ -71,6 +72,7 @@ class FeatureAttention(QKVMixer, RecurrentMixer):
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """φ(q), φ(k), v with a channel of ones where o is normalised, and -r where heads decay."""
         q, k, v, conv = self.qkv(x, conv, tokens)
         q, k = self.features(q, k)
         if self.eps is not None:
@@ -82,6 +84,7 @@ class FeatureAttention(QKVMixer, RecurrentMixer):
         return (q, k, v, tokens.zero_padding(g)), conv
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """y = W_o norm(o / (z + eps)), each where the config has it."""
         if self.eps is not None:
             o = o[..., :-1] / (o[..., -1:] + self.eps)
         return self.o_proj(self.norm(o).flatten(2))
@@ -138,6 +141,7 @@ class LinearAttention(FeatureAttention):
             self.norm = RMSNorm(self.value_dim, config.norm_eps, affine=affine)
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The two feature maps, each divided by its sum where the config says so."""
         q, k = self.feature_map_q(q), self.feature_map_k(k)
         q = q / (q.sum(-1, keepdim=True) + 1e-4) if self.config.norm_q else q
         k = k / (k.sum(-1, keepdim=True) + 1e-4) if self.config.norm_k else k

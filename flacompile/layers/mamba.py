@@ -68,11 +68,13 @@ class Mamba(StateSpaceMixer):
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """h, N numbers a channel."""
         return ((self.config.intermediate_size, self.config.state_size),)
 
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """u, dt [B, T, I], B, C [B, T, G, N], for a gate z [B, T, I]; dt is zero at padding."""
         u, *z = self.in_proj(x).split([width for width in self.parts if width], -1)
         u, conv = self.convolve(u, conv, tokens)
         delta, B, C = self.x_proj(u if self.config.num_heads is None else x).split(self.streams, -1)
@@ -88,6 +90,7 @@ class Mamba(StateSpaceMixer):
         state: tuple[Tensor, ...] | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """y = selective_scan(u, dt, A, B, C), [B, T, I]."""
         u, dt, B, C = inputs[:4]
         first = None if state is None else state[0]
         o, last = selective_scan(u, dt, self.A, B, C, state=first, cu_seqlens=cu_seqlens)
@@ -96,6 +99,7 @@ class Mamba(StateSpaceMixer):
     def mix_step(
         self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As ``mix``, for inputs of one token."""
         u, dt, B, C = inputs[:4]
         o, last = selective_scan_step(u, dt, self.A, B, C, state=state[0])
         return o, (last,)
@@ -106,6 +110,7 @@ class Mamba(StateSpaceMixer):
         return -at_least_fp32(self.A_log).exp()
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """W_o [(y + D u) ⊙ silu(z)]."""
         u, z = inputs[0], inputs[4:]
         y = at_least_fp32(o) + self.D * u
         if z:
@@ -114,10 +119,12 @@ class Mamba(StateSpaceMixer):
 
     @property
     def step_layer(self) -> tuple[list[Tensor], Tensor]:
+        """W_dt and b, of every channel."""
         return [self.dt_proj.weight], self.dt_proj.bias
 
     @property
     def attention_rows(self) -> dict[str, tuple[nn.Linear, slice]]:
+        """v is u; k and q are B and C, which follow δ in W_x."""
         rank, keys, _ = self.streams
         return {
             "v": (self.in_proj, slice(0, self.parts[0])),

@@ -34,6 +34,7 @@ class GroupRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] -> y of its shape and dtype."""
         y = at_least_fp32(x).unflatten(-1, (self.groups, -1))
         y = F.rms_norm(y, y.shape[-1:], eps=self.eps).flatten(-2)
         return (y * self.weight).to(x.dtype)
@@ -77,11 +78,13 @@ class Mamba2(StateSpaceMixer):
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """S, one [N, P] a head."""
         return ((self.num_heads, self.config.state_size, self.config.head_dim),)
 
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """C, B, dt x and dt A of all heads, then x and, for a gate, z; dt is zero at padding."""
         *z, xBC, dt = self.in_proj(x).split([width for width in self.parts if width], -1)
         xBC, conv = self.convolve(xBC, conv, tokens)
         u, B, C = xBC.split(self.streams, -1)
@@ -93,6 +96,7 @@ class Mamba2(StateSpaceMixer):
         return (C, B, (dt[..., None] * u).to(u.dtype), decay, u, *z), conv
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """W_o RMSNorm((o + D x) ⊙ silu(z)), or the gate behind the norm."""
         u, *z = inputs[4:]
         y = (at_least_fp32(o) + self.D.view(self.num_heads, -1) * u).flatten(2)
         gate = F.silu(at_least_fp32(z[0])) if z else 1.0
@@ -106,6 +110,7 @@ class Mamba2(StateSpaceMixer):
 
     @property
     def step_layer(self) -> tuple[list[Tensor], Tensor]:
+        """The last rows of in_proj, and dt_bias."""
         rows = slice(-self.num_heads, None)
         layer = self.in_proj
         biases = [] if layer.bias is None else [layer.bias[rows]]
@@ -113,6 +118,7 @@ class Mamba2(StateSpaceMixer):
 
     @property
     def attention_rows(self) -> dict[str, tuple[nn.Linear, slice]]:
+        """v, k and q are x, B and C, which follow z in in_proj."""
         rows, start = {}, self.parts[0]
         for name, width in zip("vkq", self.streams, strict=True):
             rows[name] = self.in_proj, slice(start, start + width)

@@ -98,6 +98,7 @@ class MultiheadLatentAttention(CachedMixer):
         return (self.config.kv_lora_rank,), (self.config.qk_rope_head_dim,)
 
     def project(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """[q; R q'] of all heads, and the latent c and R k', which are kept."""
         q = self.q_proj(x).unflatten(-1, (self.config.num_heads, -1))
         nope, rope = q.split(self.key_dims, -1)
         latent = self.kv_proj[1](self.kv_proj[0](x))
@@ -107,6 +108,7 @@ class MultiheadLatentAttention(CachedMixer):
         return torch.cat((nope, rope), -1), (latent, k_rope[:, :, 0])
 
     def mix(self, q: Tensor, cached: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        """The latent is expanded into k and v of every head, and attended to."""
         latent, k_rope = cached
         expanded = self.kv_proj[2](latent).unflatten(-1, (self.config.num_heads, -1))
         nope, v = expanded.split(self.expanded_dims, -1)

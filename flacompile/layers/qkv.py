@@ -125,6 +125,7 @@ class QKVMixer(Mixer):
 
     @property
     def layers_by_head(self) -> list[nn.Linear]:
+        """As the base class, and q where it stands deeper than a child."""
         q, layers = self.projection("q"), super().layers_by_head
         return layers if q in layers else [q, *layers]
 

@@ -42,6 +42,7 @@ class NormalisedAffine(nn.Module):
         self.normalize = normalize
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] -> [..., dim], the mean and variance over dim."""
         x = F.layer_norm(x, x.shape[-1:]) if self.normalize else x
         x = x if self.gamma is None else x * self.gamma
         return x if self.beta is None else x + self.beta
@@ -75,6 +76,7 @@ class ReBasedLinearAttention(FeatureAttention):
         self.feature_map = NormalisedAffine(K, config.use_gamma, config.use_beta, config.normalize)
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """φ(q)·φ(k) = (offset + qk_scale q·k)², see ``square_features``."""
         q, k = self.feature_map(q), self.feature_map(k)
         return square_features(q, k, self.qk_scale, self.config.offset)
 

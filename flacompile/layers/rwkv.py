@@ -40,6 +40,7 @@ class LowRank(nn.Module):
         return self.lora[2]  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] -> [..., out]."""
         return self.lora(x)
 
     @torch.no_grad()
@@ -100,10 +101,12 @@ class RWKVAttention(QKVMixer, RecurrentMixer):
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """S, one [K, V] a head."""
         return ((self.config.num_heads, self.key_dim, self.value_dim),)
 
     @property
     def conv_shapes(self) -> tuple[tuple[int, int], ...]:
+        """The last token x [D], for the shift."""
         return ((1, self.config.hidden_size),)
 
     @property

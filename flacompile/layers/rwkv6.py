@@ -38,6 +38,7 @@ class ShiftedLinear(nn.Module):
         self.mu = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor, delta: Tensor) -> Tensor:
+        """x [..., dim] and δ = x_{t-1} - x_t -> [..., out]."""
         return self.linear(torch.addcmul(x, delta, self.mu))
 
 
@@ -87,6 +88,7 @@ class RWKV6Attention(RWKVAttention):
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """r, k, v, w of all heads, and an output gate if there is one; k and w are 0 at padding."""
         before, last = token_shift(x, None if conv is None else conv[0], tokens)
         xr, xw, xk, xv, *xg = self.streams(x, before - x)
         mixed = {"q": xr, "k": xk, "v": xv}
@@ -130,6 +132,7 @@ class RWKV6Attention(RWKVAttention):
     def mix_step(
         self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """o = scale r S, and the state after k, v and w."""
         r, k, v, w = inputs[:4]
         o = self.read(r, state[0])
         return o.to(v.dtype), linear_attn_step(r, k, v, w, state=state[0])[1:]
@@ -139,6 +142,7 @@ class RWKV6Attention(RWKVAttention):
         return self.scale * (r.to(state.dtype)[..., None, :] @ state)[..., 0, :]
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """y = W_o [GroupNorm(o + scale (Σ r ⊙ u ⊙ k) v) ⊙ gate]."""
         r, k, v, _, *gate = inputs
         o = o + self.scale * bonus(r, k, self.bonus, v)
         o = self.g_norm(o) if self.config.output_norm else o.flatten(2)
@@ -146,9 +150,11 @@ class RWKV6Attention(RWKVAttention):
 
     @property
     def decay(self) -> LowRank:
+        """The low-rank map whose result z decays by w = -e^z."""
         return self.w_proj["linear"]  # type: ignore[return-value]
 
     def decay_logit(self, rate: Tensor) -> Tensor:
+        """log rate."""
         return rate.log()
 
     @torch.no_grad()

@@ -98,6 +98,7 @@ class RWKV7Attention(RWKVAttention):
         depth, ahead = layer / max(layers - 1, 1), 1 - layer / layers
 
         def ramp(count: int) -> Tensor:
+            """[count] from 0 to 1."""
             return torch.linspace(0, 1, count, device=self.k_k.device)
 
         width = self.config.hidden_size
@@ -151,6 +152,7 @@ class RWKV7Attention(RWKVAttention):
         self.validate(x, state, mask, cu_seqlens)
 
         def project(x: Tensor, state: RecurrentState | None, tokens: Tokens) -> tuple[Tensor, None]:
+            """v [B, T, H V] of the shifted x; no state."""
             before, _ = token_shift(x, None if state is None else state.conv[0], tokens)
             v = self.projection("v")(torch.addcmul(x, before - x, self.get_parameter("x_v")))
             v = v.unflatten(-1, (-1, self.value_dim))
@@ -173,6 +175,7 @@ class RWKV7Attention(RWKVAttention):
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """r, k', v, w, -κ, κ ⊙ a of all heads and, for an output gate, its value."""
         x, v_first = x[..., : self.config.hidden_size], x[..., self.config.hidden_size :]
         before, last = token_shift(x, None if conv is None else conv[0], tokens)
         delta, mixes = before - x, [self.get_parameter(name) for name in self.mixes]
@@ -196,6 +199,7 @@ class RWKV7Attention(RWKVAttention):
         state: tuple[Tensor, ...] | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """o = dplr(r, k', v, w, -κ, κ ⊙ a)."""
         first = None if state is None else state[0]
         o, last = dplr(*inputs[:6], scale=self.scale, state=first, cu_seqlens=cu_seqlens)
         return o, (last,)
@@ -203,10 +207,12 @@ class RWKV7Attention(RWKVAttention):
     def mix_step(
         self, inputs: tuple[Tensor, ...], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As ``mix``, for inputs [B, H, *]."""
         o, last = dplr_step(*inputs[:6], scale=self.scale, state=state[0])
         return o, (last,)
 
     def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """y = W_o [(GroupNorm(o) + (Σ r ⊙ k' ⊙ r_k) v) ⊙ gate]."""
         r, k, v, _, _, _, *gate = inputs
         o = self.g_norm(o) if self.config.output_norm else o.flatten(2)
         o = o + bonus(r, k, self.r_k, v).flatten(2)
@@ -214,6 +220,7 @@ class RWKV7Attention(RWKVAttention):
 
     @property
     def decay(self) -> LowRank:
+        """The low-rank map whose result z decays by w = -e^(-1/2) σ(z)."""
         return self.w_lora
 
     def decay_logit(self, rate: Tensor) -> Tensor:

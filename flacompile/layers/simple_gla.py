@@ -28,8 +28,10 @@ class SimpleGatedLinearAttention(DecayedAttention):
         self.gk_proj = nn.Linear(config.hidden_size, config.num_heads)
 
     def decay(self, x: Tensor) -> Tensor:
+        """g = log σ(W x + b) / normalizer, [B, T, H]."""
         return F.logsigmoid(at_least_fp32(self.gk_proj(x))) / self.config.gate_logit_normalizer
 
     @property
     def decay_layer(self) -> nn.Linear:
+        """W and b, of every head."""
         return self.gk_proj

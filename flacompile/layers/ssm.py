@@ -92,6 +92,7 @@ class StateSpaceMixer(RecurrentMixer):
 
     @property
     def conv_shapes(self) -> tuple[tuple[int, int], ...]:
+        """The last inputs of the convolution, where there is one."""
         if not self.config.use_short_conv:
             return ()
         weight = self.conv1d.weight
@@ -132,10 +133,12 @@ class StateSpaceMixer(RecurrentMixer):
 
     @property
     def output_layer(self) -> nn.Linear:
+        """W_o."""
         return self.out_proj
 
     @property
     def output_heads(self) -> int:
+        """Those of dt."""
         return self.num_heads
 
     @torch.no_grad()

@@ -118,6 +118,7 @@ def _mix_blocks(
     padding = (before + time - owner.shape[1], blocks * block - time)
 
     def spans(x: Tensor, value: int = 0) -> Tensor:
+        """[B, L, ...] -> [B blocks, span, ...]: each block with what stands before it."""
         x = _pad(x, padding, value).unfold(1, before + block, block)
         return x.movedim(-1, 2).flatten(0, 1)  # [B blocks, span, ...]
 

@@ -42,6 +42,7 @@ class GatedMLP(nn.Module):
             nn.init.normal_(layer.weight, std=config.initializer_range)
 
     def forward(self, x: Tensor) -> Tensor:
+        """y [..., D] of x [..., D]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -64,19 +65,23 @@ class ChannelMix(RecurrentMixer):
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """None: the state is one token."""
         return ()
 
     @property
     def conv_shapes(self) -> tuple[tuple[int, int], ...]:
+        """The last token x [D], for the shift."""
         return ((1, self.config.hidden_size),)
 
     def sequence(
         self, x: Tensor, state: RecurrentState | None, tokens: Tokens
     ) -> tuple[Tensor, RecurrentState]:
+        """``shifted`` of x and of its differences from the token before each."""
         before, last = token_shift(x, None if state is None else state.conv[0], tokens)
         return self.shifted(x, before - x), RecurrentState((), (last,), tokens.end)
 
     def advance(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        """As ``sequence``, for x [B, D]."""
         x = x[:, None]
         y, state = self.sequence(x, state, Tokens.of(x, state.position, None, None))
         return y[:, 0], state
@@ -91,6 +96,7 @@ class RWKV6ChannelMix(ChannelMix):
         self.receptance = ShiftedLinear(config.hidden_size, config.hidden_size)
 
     def shifted(self, x: Tensor, delta: Tensor) -> Tensor:
+        """σ(W_r (x + δ ⊙ μ_r)) ⊙ W_v relu(W_k (x + δ ⊙ μ_k))²."""
         y = self.value(self.key(x, delta).relu().square())
         return self.receptance(x, delta).sigmoid() * y
 
@@ -105,6 +111,7 @@ class RWKV7ChannelMix(ChannelMix):
         self.key = nn.Linear(width, self.inner, bias=False)
 
     def shifted(self, x: Tensor, delta: Tensor) -> Tensor:
+        """W_v relu(W_k (x + δ ⊙ μ_k))²."""
         return self.value(self.key(torch.addcmul(x, delta, self.x_k)).relu().square())
 
 

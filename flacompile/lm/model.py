@@ -99,7 +99,8 @@ class Backbone(Base):
         if use_cache and past_key_values is None:
             past_key_values = Cache(layers=[])
         mask = None if attention_mask is None else attention_mask[:, -x.shape[1] :]
-        places, v_first, seen = Places(mask, cu_seqlens), None, [x]
+        places, v_first = Places(mask, cu_seqlens), None
+        seen: list[Any] = [x]
         for layer, bound in zip(self.layers, self.bounds(), strict=True):
             x, v_first = layer(x, v_first, bound, places, past_key_values=past_key_values)
             seen.append(x)
@@ -107,7 +108,7 @@ class Backbone(Base):
         return BaseModelOutputWithPast(
             last_hidden_state=x,  # type: ignore[arg-type]
             past_key_values=past_key_values,
-            hidden_states=(*seen[:-1], x) if output_hidden_states else None,  # type: ignore[arg-type]
+            hidden_states=(*seen[:-1], x) if output_hidden_states else None,
         )
 
 
@@ -130,7 +131,8 @@ class LanguageModel(Base, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As transformers', with the mask left out where no token of this call is padding."""
-        inputs = GenerationMixin.prepare_inputs_for_generation(self, *args, **kwargs)  # type: ignore[misc]
+        parent: Any = super()
+        inputs = parent.prepare_inputs_for_generation(*args, **kwargs)
         mask = inputs.pop("attention_mask", None)
         ids = inputs.get("input_ids")
         time = inputs["inputs_embeds"].shape[1] if ids is None else ids.shape[1]

@@ -242,6 +242,7 @@ def linear_attn_forward(
     length = -(-T // (segments * meta["C"])) * meta["C"]
 
     def run(q: Any, state: Any, o: Any, ends: Any, totals: tuple[Any, ...]) -> None:
+        """One launch: the walk, or the first one, which finds the ends of segments."""
         launch(
             kernel, (programs * segments,), q, k, v, *decays, state, cu_seqlens, o, ends,
             final_state, *totals, scale, T, H, length, segments, **meta,

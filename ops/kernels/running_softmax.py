@@ -93,6 +93,7 @@ def running_softmax(
     grid, sizes, falls, ends = cut(N, T, D, TILE, x.device, torch.float64)
 
     def run(*outputs: Any) -> None:
+        """One launch: the walk, or the first one, which finds the ends of segments."""
         launch(
             _kernel, grid, x, rate, state, cu_seqlens, falls, ends, *outputs, T, D, *sizes,
             LOWEST=lowest, ROWS=TILE["ROWS"], COLUMNS=TILE["COLUMNS"], num_warps=4,

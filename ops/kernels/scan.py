@@ -213,6 +213,7 @@ def scan_forward(
     grid, sizes, decays, ends = cut(N, T, D, tile, x.device)
 
     def run(state: Any, h: Any, final: Any) -> None:
+        """One launch: the walk, or the first one, which finds the ends of segments."""
         launch(
             _forward_kernel, grid,
             g, x, state, cu_seqlens, decays, ends, h, final, T, D, *sizes, **tile,
@@ -236,6 +237,7 @@ def scan_backward(
     grid, sizes, decays, ends = cut(N, T, D, tile, h.device)
 
     def run(*saved_and_gradients: Any) -> None:
+        """As in ``scan_forward``, from the last token on."""
         state, h, dfinal, dg, dx, dstate = saved_and_gradients
         launch(
             _backward_kernel, grid, g, state, cu_seqlens, decays, ends, h, dh, dfinal,

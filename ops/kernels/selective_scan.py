@@ -287,6 +287,7 @@ def selective_scan_forward(
     grid, sizes, totals, ends = _cut(dt, A, G, sequences, span, tile)
 
     def run(state: Any, y: Any, final: Any, starts: Any) -> None:
+        """One launch: the walk, or the first one, which finds the ends of segments."""
         launch(
             _forward_kernel, grid, u, dt, A, B, C, state, cu_seqlens, totals, ends,
             y, final, starts, T, D, G, sequences, slots, *sizes, N=N, SPAN=span, **tile,
@@ -315,6 +316,7 @@ def selective_scan_backward(
     dA = sums.new_empty(sequences * sizes[1], D, N)
 
     def run(starts: Any, dfinal: Any, *gradients: Any) -> None:
+        """As in ``selective_scan_forward``, from the last token on."""
         launch(
             _backward_kernel, grid, u, dt, A, B, C, cu_seqlens, totals, ends, starts, dy, dfinal,
             *gradients, T, D, G, batch * T, slots, *sizes, N=N, SPAN=span, **tile,

@@ -228,6 +228,7 @@ def states(
     log = None if decays[1] is None else state.new_empty(chunks.total, H, K)
 
     def run(start: Any, found: Any, log: Any, ends: Any, *totals: Any) -> None:
+        """One launch: the walk, or the first one, which finds the ends of segments."""
         launch(
             _states_kernel, (N * segments * H * blocks,), x, y, *second, *decays, start, cu_seqlens,
             chunks.offsets, found, log, ends, final, *totals, scale, T, H, chunks.each, length,

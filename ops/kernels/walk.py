@@ -112,6 +112,7 @@ def walked(
     length = triton.cdiv(chunks.each, segments)
 
     def run(blocks: int, start: Any, outputs: Any, ends: Any, moved: Any) -> None:
+        """One launch: the walk, or the first one, which finds the ends of segments."""
         launch(
             kernel, (N * segments * H * blocks,), *tensors, start, cu_seqlens, chunks.offsets,
             *outputs, ends, moved, final, scale, T, H, chunks.each, length, segments,
