@@ -203,13 +203,13 @@ def _convert(options: argparse.Namespace) -> None:
         length = recipe.sequence_length
         training, _ = data.split(recipe.heldout, length, length)
         calibration = training.rows(CALIBRATION, length).chunk(BATCHES)
+    if distills and processes.size() == 1:
+        model.to(options.device)
     aligns_first = distills and options.keep_after
     flacompile.convert(
         model, options.mixer, keep=() if aligns_first else keep, window=options.window,
         init=options.init, calibration=calibration,
     )  # fmt: skip
-    if distills and processes.size() == 1:
-        model.to(options.device)
     if aligns_first:
         align_and_keep(
             model, data, recipe, keep, steps=options.keep_after, calibration=calibration,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
 
 from flacompile import hf
 from flacompile.calibrate import calibrate
@@ -383,12 +384,17 @@ def _calls(
     kwargs: dict[str, Any],
     calibration: Iterable[Any] | None,
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The calls of the model whose attentions are looked at, one at a time."""
+    """The calls of the model whose attentions are looked at, one at a time, on its device."""
+    device = next(model.parameters()).device
+
+    def moved(x: Any) -> Any:
+        return x.to(device) if isinstance(x, Tensor) else x
+
     if isinstance(calibration, Tensor):
         raise ValueError("calibration: expected batches, such as a list of tensors, got one tensor")
     if calibration is not None:
         for batch in calibration:
-            yield _call_of(batch, "calibration")
+            yield tree_map(moved, _call_of(batch, "calibration"))
     elif args or kwargs:
         yield args, kwargs
     else:

@@ -20,7 +20,7 @@ from flacompile.ops.define import define
 from flacompile.ops.start import filled
 from flacompile.ops.step import step
 from flacompile.ops.validate import check_linear_attn, check_log_decay
-from flacompile.ops.widths import even, even_decay, gradients_by_parts
+from flacompile.ops.widths import cropped, even, even_decay, gradients_by_parts
 
 Pair = tuple[Tensor, Tensor]
 
@@ -169,7 +169,7 @@ def _run_cuda(
     o, final = kernels.linear_attn_forward(
         even(q), even(k), even(v), *decays, state, cu_seqlens, scale, reverse, out_dtype=dtype
     )
-    return o[..., :V].contiguous(), final[..., :K, :V].contiguous()
+    return cropped(o, V), cropped(final, K, V)
 
 
 def linear_attn_forward(
@@ -219,7 +219,7 @@ def _backward_cuda(
         return gradients(_run_cuda, kernels.decay_gradient, *inputs)
     from flacompile.ops.kernels import linear_attn_backward as by_chunks
 
-    g = gk if gv is None else gv if gk is None else gk + (gv if gk.ndim == 3 else gv[..., None])
+    g = gk if gv is None else gv if gk is None else gk + (gv if gk.ndim == 3 else gv.unsqueeze(-1))
     dq, dk, dv, dg, dstate = gradients_by_parts(
         by_chunks.linear_attn_backward, q, k, v, g, state, cu_seqlens, scale, do, dfinal
     )

@@ -24,6 +24,13 @@ def even(x: Any, axes: int = 1) -> Any:
     return F.pad(x, [n for size in x.shape[: -axes - 1 : -1] for n in (0, -size % EVEN)])
 
 
+def cropped(x: Tensor, *sizes: int) -> Tensor:
+    """The first of ``sizes`` in x's last axes, contiguous."""
+    for axis, size in enumerate(sizes, -len(sizes)):
+        x = x.narrow(axis, 0, size)
+    return x.contiguous()
+
+
 def even_decay(g: Tensor | None) -> Tensor | None:
     """The same of a log decay, [B, T, H] or [B, T, H, channels]."""
     return g if g is None or g.ndim == 3 else even(g)
@@ -55,6 +62,5 @@ def gradients_by_parts(
     for dq_i, dk_i, dv_i, dg_i, dstate_i in found[1:]:
         dq, dk, dg = dq + dq_i, dk + dk_i, g if g is None else dg + dg_i
         dv, dstate = torch.cat((dv, dv_i), -1), torch.cat((dstate, dstate_i), -1)
-    dg = dg if dg is None or dg.ndim == 3 else dg[..., :K].contiguous()
-    dq, dk, dv = (x[..., :n].contiguous() for x, n in ((dq, K), (dk, K), (dv, V)))
-    return dq, dk, dv, dg, dstate[..., :K, :V].contiguous()
+    dg = dg if dg is None or dg.ndim == 3 else cropped(dg, K)
+    return cropped(dq, K), cropped(dk, K), cropped(dv, V), dg, cropped(dstate, K, V)

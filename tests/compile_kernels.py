@@ -46,6 +46,7 @@ SHAPES = ((128, 128), (64, 64), (256, 256), (16, 24))  # K, V
 ARCHITECTURES = (80, 90)
 # What stands for all: exact fp32 dots have one tile everywhere, tf32 the larger on Hopper.
 PLACES = (("bf16", 90), ("bf16", 80), ("fp16", 90), ("fp32", 80))
+SCALE = "fp64"  # of a number from Python under Inductor; Triton itself makes it fp32
 
 
 class Variant(NamedTuple):
@@ -79,7 +80,7 @@ def linear_attn_variant(decay, dtype, K, V, arch, reverse):
     diagonal = "gk" in given or "gv" in given
     kernel = linear_attn._diagonal_kernel if diagonal else linear_attn._scalar_kernel
     types = dict.fromkeys("qkvo", f"*{dtype}") | {"final_state": "*fp32", "state": "*fp32"}
-    types |= {"scale": "fp32"} | dict.fromkeys(("T", "H", "SEGMENT", "SEGMENTS"), "i32")
+    types |= {"scale": SCALE} | dict.fromkeys(("T", "H", "SEGMENT", "SEGMENTS"), "i32")
     types |= dict.fromkeys(given, "*fp32")
     if reverse:
         types |= {"cu_seqlens": "*i64", "o": "*fp32"}
@@ -177,7 +178,7 @@ def chunk_types(op, dtype, decay):
     """Of every argument that a kernel by chunks may have; decays a channel are of a pack."""
     kept = "*bf16" if dtype == "bf16" else "*fp32"
     types = typed("q k v a b u x y x2 y2 o beta do dr dq dk dv da db", f"*{dtype}")
-    types |= typed("X E P R S D G states", kept) | {"scale": "fp32"}
+    types |= typed("X E P R S D G states", kept) | {"scale": SCALE}
     types |= typed(f"{decay} d{decay} state final dbeta ends moved starts", "*fp32")
     types |= typed("T H N CHUNKS ROWS SEGMENT SEGMENTS", "i32")
     if decay == "gk":
@@ -277,7 +278,7 @@ def ternary_variants():
 
 def step_variants():
     """Both forms of a write, and a state of more rows than registers hold."""
-    types = dict.fromkeys("qkvabo", "*bf16") | {"scale": "fp32"}
+    types = dict.fromkeys("qkvabo", "*bf16") | {"scale": SCALE}
     types |= dict.fromkeys(("state", "new", "gk"), "*fp32")
     for form, missing, K in (("linear", "ab", 2145), ("delta", "b", 128), ("dplr", "", 256)):
         constants = {"K": K, "V": 128, "GK": K, "GV": 1, **step.tiles(K, 128)}

@@ -7,7 +7,7 @@ from op_cases import OPS, Draw, error, loop, rounded, step, tokens
 from flacompile.ops import step as module
 from flacompile.ops.kernels import step as kernels
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+poisoned = pytest.mark.usefixtures("poisoned_empty")
 
 NAMES = ("linear_attn", "delta_rule", "dplr")
 CASES = [(name, variant) for name in NAMES for variant in OPS[name].variants]
@@ -34,6 +34,7 @@ def near(got, want, bound):
         assert a.shape == b.shape and error(a, b) < bound
 
 
+@poisoned
 @pytest.mark.parametrize(("name", "variant"), CASES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_kernel(name, variant, dtype, device, monkeypatch):
@@ -46,6 +47,7 @@ def test_kernel(name, variant, dtype, device, monkeypatch):
     near(got, truth(name, args), TOLERANCE[dtype])
 
 
+@poisoned
 @pytest.mark.parametrize("name", ["linear_attn", "dplr"])
 def test_states_of_many_rows(name, device, monkeypatch):
     """Registers hold 16 of the 40 rows."""

@@ -50,6 +50,4 @@ def align_and_keep(
     align = replace(recipe.align, steps=steps, minutes=None)
     first = replace(recipe, align=align, logits=OFF, long=OFF)
     distill(model, data, first, tokenizer=tokenizer, out=out)
-    device = next(model.parameters()).device
-    moved = None if calibration is None else [ids.to(device) for ids in calibration]
-    return keep_layers(model, keep, calibration=moved)
+    return keep_layers(model, keep, calibration=calibration)

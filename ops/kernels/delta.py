@@ -53,6 +53,7 @@ def _inside_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """X and P of one chunk and head; with gk also the decayed rows, and the chunk's log decay."""
+    scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     h, chunk = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
     n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
@@ -102,6 +103,7 @@ def _forward_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u, o and the state; a first walk, with ends and moved, finds how a segment moves a state."""
+    scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     FIRST: tl.constexpr = ends is not None
     owner, h, segment, n, start, length, base, count, moves, kk, vv, S = _walked(
@@ -154,6 +156,7 @@ def _backward_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dr and the gradient of the state after each chunk, from the last chunk to the first."""
+    scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     FIRST: tl.constexpr = ends is not None
     owner, h, segment, n, start, length, base, count, moves, kk, vv, S = _walked(

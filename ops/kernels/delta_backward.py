@@ -49,6 +49,7 @@ def _keys_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dgk of a block of channels, shares of dbeta and dg; the first block also dv."""
+    scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     NK: tl.constexpr = (K + BK - 1) // BK
     block, owner = tl.program_id(0) % NK, tl.program_id(0) // NK

@@ -202,6 +202,7 @@ def _diagonal_kernel(
     REVERSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """A decay a channel of k, of v, or of both; a scalar one, g, is added to one of them."""
+    scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     if ends is not None and SEGMENTS == 1:
         return  # as above

@@ -57,6 +57,7 @@ def _keys_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, da, db and dgk of a block of channels."""
+    scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     NK: tl.constexpr = (K + BK - 1) // BK
     block, owner = tl.program_id(0) % NK, tl.program_id(0) // NK

@@ -58,6 +58,7 @@ def _scalar_kernel(
 
     Without q and o only the state is found; total takes the segment's log decay.
     """
+    scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     if ends is not None and SEGMENTS == 1:
         return  # a first pass over the only segment: nobody reads it

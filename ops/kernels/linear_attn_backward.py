@@ -53,6 +53,7 @@ def _keys_kernel(
 
     Of a decay a head (g) the block's share of it.
     """
+    scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     NK: tl.constexpr = (K + BK - 1) // BK
     block, owner = tl.program_id(0) % NK, tl.program_id(0) // NK
@@ -122,6 +123,7 @@ def _values_kernel(
     ALL: tl.constexpr,
 ):  # fmt: skip
     """dv, from the key channels a block at a time."""
+    scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     h, chunk = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
     n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)

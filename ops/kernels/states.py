@@ -84,6 +84,7 @@ def _states_kernel(
     BACK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Without states only the end of each segment is found, and the segment's log decay."""
+    scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns: SEGMENT chunks, as they come in the direction of the walk.
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV

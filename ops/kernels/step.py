@@ -26,6 +26,7 @@ def _kernel(
     BK: tl.constexpr, BV: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr,
 ):  # fmt: skip
     """GK and GV are how many decays a head has on either side: 1, or K and V."""
+    scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     NV: tl.constexpr = (V + BV - 1) // BV
     head = (tl.program_id(0) // NV).to(tl.int64)
     here = head >= 0

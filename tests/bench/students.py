@@ -173,10 +173,10 @@ def main() -> None:
     teacher = copy.deepcopy(model).to(options.device)
     calibration = seen.rows(8 * options.length, options.length).chunk(BATCHES)
     later, keep = options.keep and options.keep_after, read_keep(options.keep)
+    model.to(options.device)
     flacompile.convert(model, options.mixer, keep=() if later else keep, calibration=calibration)
     name = "-".join(filter(None, (options.mixer, options.keep.replace(":", "-"))))
     out: Path = options.out / name
-    model.to(options.device)
     if later:
         align_and_keep(
             model, corpus, recipe, keep, steps=options.keep_after, calibration=calibration,
