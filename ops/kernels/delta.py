@@ -43,7 +43,7 @@ from flacompile.ops.kernels.tiles import (
     _store_state,
     dot_of,
 )
-from flacompile.ops.kernels.walk import _decay_of, _store_walk, _walked, walked
+from flacompile.ops.kernels.walk import _decay_of, _state_before, _store_walk, _walked, walked
 
 
 @triton.jit
@@ -106,9 +106,10 @@ def _forward_kernel(
     scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     FIRST: tl.constexpr = ends is not None
-    owner, h, segment, n, start, length, base, count, moves, kk, vv, S = _walked(
-        cu_seqlens, offsets, state, T, H, CHUNKS, SEGMENTS, K, V, BK, BV, C, FIRST
+    owner, h, segment, n, start, length, base, count, moves, kk, vv = _walked(
+        cu_seqlens, offsets, T, H, CHUNKS, SEGMENTS, K, V, BK, BV, C, FIRST
     )
+    S = _state_before(state, owner, moves, kk, vv, K, V, FIRST)
     i = tl.arange(0, C)
     begin = segment * SEGMENT
     for chunk in range(begin, tl.minimum(begin + SEGMENT, count)):
@@ -159,9 +160,10 @@ def _backward_kernel(
     scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     FIRST: tl.constexpr = ends is not None
-    owner, h, segment, n, start, length, base, count, moves, kk, vv, S = _walked(
-        cu_seqlens, offsets, state, T, H, CHUNKS, SEGMENTS, K, V, BK, BV, C, FIRST
+    owner, h, segment, n, start, length, base, count, moves, kk, vv = _walked(
+        cu_seqlens, offsets, T, H, CHUNKS, SEGMENTS, K, V, BK, BV, C, FIRST
     )
+    S = _state_before(state, owner, moves, kk, vv, K, V, FIRST)
     i = tl.arange(0, C)
     begin = segment * SEGMENT
     for step in range(begin, tl.minimum(begin + SEGMENT, count)):

@@ -25,13 +25,14 @@ FEWEST = 4  # segments that pay for the walk that finds M
 
 @triton.jit
 def _walked(
-    cu_seqlens, offsets, state, T, H, CHUNKS, SEGMENTS,
+    cu_seqlens, offsets, T, H, CHUNKS, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, MOVES: tl.constexpr,
 ):  # fmt: skip
-    """What a program of a walk owns, and the state it starts from.
+    """What a program of a walk owns; with MOVES the identity's columns are blocks after V's.
 
-    With MOVES the blocks after those of V start from the identity's columns.
+    The state is no argument: compilers take a pointer for written where what a function makes of it
+    tells the place of a store.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     BLOCKS: tl.constexpr = NV + (K + BV - 1) // BV if MOVES else NV
@@ -41,12 +42,19 @@ def _walked(
     base, count = _chunks_of(offsets, n, CHUNKS), (length + C - 1) // C
     moves = block >= NV
     kk, vv = tl.arange(0, BK), tl.where(moves, block - NV, block) * BV + tl.arange(0, BV)
-    S = tl.zeros([BK, BV], tl.float32)
+    return owner, h, segment, n, start, length, base, count, moves, kk, vv
+
+
+@triton.jit
+def _state_before(
+    state, owner, moves, kk, vv, K: tl.constexpr, V: tl.constexpr, MOVES: tl.constexpr
+):
+    """The state that a program of a walk starts from, of those of its segments."""
     if MOVES:
-        S += tl.where((kk[:, None] == vv[None, :]) & moves, 1.0, 0.0)
+        S = tl.where((kk[:, None] == vv[None, :]) & moves, 1.0, 0.0)
     else:
-        S += _load_state(state, owner, kk, vv, K, V)
-    return owner, h, segment, n, start, length, base, count, moves, kk, vv, S
+        S = _load_state(state, owner, kk, vv, K, V)
+    return S
 
 
 @triton.jit
