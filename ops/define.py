@@ -95,9 +95,9 @@ def unwatched(args: tuple[Any, ...]) -> bool:
 
 
 def on_plain_cuda(args: tuple[Any, ...]) -> bool:
-    """Whether all tensors are on a GPU, and none is of a subclass."""
+    """Whether all tensors are on a GPU, and none is a DTensor, which has a device mesh."""
     tensors = [x for x in args if isinstance(x, Tensor)]
-    return all(x.is_cuda and type(x) in (Tensor, Parameter) for x in tensors)
+    return all(x.is_cuda and not hasattr(x, "device_mesh") for x in tensors)
 
 
 def needs_grad(args: tuple[Any, ...]) -> bool:
