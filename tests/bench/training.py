@@ -109,11 +109,11 @@ def main() -> None:
                 first, *rest = cells
                 print(f"| {first} | {parameters / 1e6:.0f}M | {' | '.join(rest)} |", flush=True)
                 found.append(row)
+                if options.json:  # now, so that a time limit loses only what comes after
+                    options.json.write_text(json.dumps(found, indent=1))
                 del model
                 gc.collect()
                 torch.cuda.empty_cache()
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
