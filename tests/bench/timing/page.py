@@ -63,6 +63,8 @@ def speed_tables(parts: Parts) -> str:
         head = f"B = {shape[0]}, T = {shape[1]}, K = V = {dim}:\n\n{table.head()}"
         lines = [table.speed(row, published.get(key(row))) for row in rows]
         tables.append("\n".join([head, *lines, *means(rows, published)]))
+    if not any(row["kind"] == "peer" for row in parts["speed"]):
+        tables.append(f"The peer's figures are those of {peers(PUBLISHED)[0]}.")
     return "\n\n".join(tables)
 
 
