@@ -159,6 +159,7 @@ def test_table_of_a_cpu(tmp_path, command):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", ["simple_gla", "hgrn"])
 def test_row_of_a_gpu(name):
     """Every time is there: no graph is forbidden."""
