@@ -2,18 +2,14 @@
 
     python docs/examples/pte.py out out/pte
 
-In an environment of its own, as ExecuTorch brings much: flacompile[hf] and ``executorch``. Both
-programs have the signature of a ``.pt2`` package (see the page on export), with two differences.
-ExecuTorch plans its memory ahead, so B and T have bounds; and its portable kernels are exact and
-slow: one who delegates to XNNPACK passes its partitioner to ``lower``.
+In an environment of its own, with flacompile[hf] and ``executorch``. The programs are those of a
+``.pt2`` package (see the page on export), but memory is planned ahead, so B and T have bounds. The
+portable kernels are exact and slow; a partitioner given to ``lower`` delegates to others.
 """
-
-from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
@@ -24,8 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flacompile
 from flacompile.export.gate import LENGTHS, compare, references
-from flacompile.export.programs import SPAN, Step, all_mixers
-from flacompile.files import write_atomically
+from flacompile.export.programs import NAMES, SPAN, Step, all_mixers
 from flacompile.passes.decompose import decompose
 from flacompile.passes.portable import portable
 
@@ -34,30 +29,23 @@ BATCH, LONGEST = 4, 4 * SPAN  # bounds of B and T
 
 def trace(step: Step) -> dict[str, ExportedProgram]:
     """As ``flacompile.export`` does, within bounds."""
-    ids = torch.ones(2, SPAN * 3 - 70, dtype=torch.long)
-    batch, time = Dim("batch", min=1, max=BATCH), Dim("time", min=1, max=LONGEST)
-    states = step.begin(2)
-    shapes = tuple({0: batch} for _ in states)
-    examples = {
-        "prefill": (ids, {0: batch, 1: time}),
-        "decode": (ids[:, :1].contiguous(), {0: batch}),
-    }
-    with sdpa_kernel(SDPBackend.MATH):  # the lowering opens it, and its result has these strides
-        return {
-            name: portable(
-                decompose(torch.export.export(step, (ids, states), dynamic_shapes=(dims, shapes)))
-            )
-            for name, (ids, dims) in examples.items()
-        }
+    batch, length = Dim("batch", min=1, max=BATCH), Dim("time", min=1, max=LONGEST)
+    states, programs = step.begin(2), {}
+    rows = tuple({0: batch} for _ in states)
+    cases = {"prefill": (SPAN * 3 - 70, {0: batch, 1: length}), "decode": (1, {0: batch})}
+    for name, (time, sizes) in cases.items():
+        example = torch.ones(2, time, dtype=torch.long), states
+        with sdpa_kernel(SDPBackend.MATH):  # lowering opens it, and its result has these strides
+            program = torch.export.export(step, example, dynamic_shapes=(sizes, rows))
+            programs[name] = portable(decompose(program))
+    return programs
 
 
-def lower(program: ExportedProgram, partitioner: Sequence[Any] = ()) -> bytes:
+def lower(program: ExportedProgram, partitioner: Sequence[object] = ()) -> bytes:
     """The file."""
-    config = EdgeCompileConfig(_check_ir_validity=False)  # it allows fewer operations than kernels
-    edge = to_edge_transform_and_lower(
-        program, partitioner=list(partitioner), compile_config=config
-    )
-    return edge.to_executorch().buffer
+    checks = EdgeCompileConfig(_check_ir_validity=False)  # it allows fewer operations than kernels
+    options = {"partitioner": list(partitioner), "compile_config": checks}
+    return to_edge_transform_and_lower(program, **options).to_executorch().buffer
 
 
 def load(path: Path) -> Callable[..., Sequence[Tensor]]:
@@ -67,25 +55,19 @@ def load(path: Path) -> Callable[..., Sequence[Tensor]]:
     return lambda ids, states: method.execute([ids, *states])[-1 - len(states) :]
 
 
+@torch.no_grad()
 def export_pte(model: nn.Module, folder: Path, max_length: int | None = None) -> dict[str, float]:
-    """Writes both files, once their values are those of the model; the largest relative errors.
-
-    Args:
-        model: an fp32 model on a CPU, as for ``flacompile.export``.
-        folder: where the files go.
-        max_length: most tokens of a sequence, where a softmax layer keeps them all.
-    """
-    with torch.no_grad():
-        cases = references(model.eval(), LENGTHS, max_length)
-        with all_mixers(model):
-            step = Step(model, max_length)
-            files = {name: lower(program) for name, program in trace(step).items()}
-        for name, data in files.items():
-            write_atomically(folder / f"{name}.unproved", lambda path: path.write_bytes(data))  # noqa: B023
-        loaded = {name: load(folder / f"{name}.unproved") for name in files}
-        errors = compare(loaded, step.begin, cases)
-    for name in files:
-        (folder / f"{name}.unproved").replace(folder / f"{name}.pte")
+    """Writes both files if their values are the model's; arguments as of ``flacompile.export``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unproved = {name: folder / f"{name}.unproved" for name in NAMES}
+    cases = references(model.eval(), LENGTHS, max_length)
+    with all_mixers(model):
+        step = Step(model, max_length)
+        for name, program in trace(step).items():
+            unproved[name].write_bytes(lower(program))
+    errors = compare({name: load(path) for name, path in unproved.items()}, step.begin, cases)
+    for name, path in unproved.items():
+        path.replace(folder / f"{name}.pte")
     return errors
 
 
