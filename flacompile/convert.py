@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from flacompile import hf
 from flacompile.calibrate import calibrate
@@ -386,21 +386,14 @@ def _calls(
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The calls of the model whose attentions are looked at, one at a time, on its device."""
     device = next(model.parameters()).device
-
-    def moved(x: Any) -> Any:
-        return x.to(device) if isinstance(x, Tensor) else x
-
     if isinstance(calibration, Tensor):
         raise ValueError("calibration: expected batches, such as a list of tensors, got one tensor")
     if calibration is not None:
         for batch in calibration:
-            yield tree_map(moved, _call_of(batch, "calibration"))
+            yield tree_map_only(Tensor, lambda x: x.to(device), _call_of(batch, "calibration"))
     elif args or kwargs:
         yield args, kwargs
     else:
-        yield (default_ids(model, *_example_shape(model)),), kwargs
-
-
-def _example_shape(model: nn.Module) -> tuple[int, int]:
-    batch, time = EXAMPLE
-    return batch, min(time, getattr(model.config, "max_position_embeddings", None) or time)
+        batch, time = EXAMPLE
+        time = min(time, getattr(model.config, "max_position_embeddings", None) or time)
+        yield (default_ids(model, batch, time),), kwargs
