@@ -146,15 +146,22 @@ def _unsearched(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same without a source, which ``triton_op`` would search for kernels.
 
     That imports Inductor, a second, and finds none: launchers are imported where they are called.
+    Bounds of packs are copied: compilers take them for written, as what a kernel's functions load
+    of them tells the places of stores.
     """
 
     @wraps(function)
     def call(*args: Any) -> Any:
         """``function``, behind a wrapper that has no source."""
-        return function(*args)
+        return function(*map(_apart, args))
 
     call.__wrapped__ = partial(function)  # whose signature is known, and whose source is not
     return call
+
+
+def _apart(x: Any) -> Any:
+    is_index = isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64)
+    return x.clone() if is_index else x
 
 
 def _placed(args: tuple[Any, ...]) -> tuple[Any, ...] | list[Any]:
