@@ -256,10 +256,10 @@ def test_compiled_pack_equals_eager(name, variant):
         return y.square().sum() + final.sum()
 
     found = []
-    for function in (loss, torch.compile(loss, fullgraph=True)):
+    for run in (loss, torch.compile(loss, fullgraph=True)):
         given = leaves(args)
         inputs = [x for x in given if x is not None]
-        found.append(torch.autograd.grad(function(bounds, *given), inputs))
+        found.append(torch.autograd.grad(run(bounds, *given), inputs))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
