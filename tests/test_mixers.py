@@ -28,7 +28,7 @@ CASES = [
 EXTREMES = [(torch.float32, 0.0), (torch.float32, 1e3), (torch.float16, 0.0), (torch.float16, 1.0)]
 over_cases = pytest.mark.parametrize(("name", "fields"), CASES)
 over_mixers = pytest.mark.parametrize("name", MIXERS)
-ONE_OF_EACH_OP = ("attn", "gated_deltanet", "gla", "hgrn", "hybrid", "mamba", "rwkv7")  # slow
+ONE_OF_EACH_OP = ("attn", "gated_deltanet", "gla", "hgrn", "mamba", "rwkv7")  # slow
 ONE_OF_EACH_PLACE = ("attn", "hybrid", "lightnet", "rwkv6")  # where masks and packs are read
 ROUNDED = ("bitattn",)  # where an ulp may be a step of 1/127
 
