@@ -68,16 +68,38 @@ def quantize_(model: nn.Module, config: AOBaseConfig, filter_fn: Filter | None =
 
     Raises:
         ValueError: nothing was chosen, or a chosen module is no linear layer with a plain, loaded
-            floating-point weight of its own.
+            floating-point weight of its own, or one that the config does not take; then nothing
+            has changed.
     """
     expect(isinstance(config, AOBaseConfig), "config", "a config of torchao's kind", config)
     chosen = dict(_chosen(model, filter_fn or projections(model)))
     expect(bool(chosen), "filter_fn", "to choose at least one linear layer", "none")
     for name, module in chosen.items():
         _check(name, module, config, model)
-    modules = set(chosen.values())
-    torchao_quantize_(model, config, lambda module, name: module in modules)
+    _apply(model, config, chosen)
     return model
+
+
+def _apply(model: nn.Module, config: AOBaseConfig, chosen: dict[str, nn.Module]) -> None:
+    """To all of them or to none; torchao finds out at each layer what it does not take."""
+    before: dict[nn.Module, Any] = {module: module.weight for module in chosen.values()}
+    begun: list[str] = []
+
+    def is_chosen(module: nn.Module, name: str) -> bool:
+        if module in before:
+            begun.append(name)
+        return module in before
+
+    try:
+        torchao_quantize_(model, config, is_chosen)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        for module, weight in before.items():
+            module.weight = weight
+        name, shape = begun[-1], tuple(before[chosen[begun[-1]]].shape)
+        raise ValueError(
+            f"{name}.weight: expected a shape that {type(config).__name__} takes, got {shape}: "
+            f"{error}; leave it out by filter_fn"
+        ) from error
 
 
 def projections(model: nn.Module) -> Filter:
@@ -156,6 +178,9 @@ def _check(name: str, module: nn.Module, config: AOBaseConfig, model: nn.Module)
         )
     expect(weight.is_floating_point(), of_layer, "a floating dtype", weight.dtype)
     expect(not weight.is_meta, of_layer, "a loaded weight", "one on meta")
+    takes = isinstance(config, BitNet | Ternary) or not isinstance(module, BitLinear)
+    kind = type(config).__name__
+    expect(takes, of_layer, "BitNet or Ternary, as its layer rounds to three values", kind)
     read = module in _read_directly(model)
     expect(not read, of_layer, "a weight that is only multiplied with", "one that its mixer reads")
     other = _shared_weights(model).get(name)

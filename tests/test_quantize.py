@@ -22,6 +22,8 @@ from flacompile import BitNet, Ternary, quantize_
 from flacompile.layers.bitattn import BitLinear
 from flacompile.quantize import TernaryTensor
 
+INT4 = PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False)
+
 
 def strided(inputs: int, outputs: int) -> nn.Linear:
     layer = nn.Linear(inputs, outputs)
@@ -149,7 +151,7 @@ def test_compiled_and_exported():
     [
         (Int8WeightOnlyConfig(), 0.05),
         (Int8DynamicActivationInt8WeightConfig(), 0.05),
-        (PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False), 0.2),
+        (INT4, 0.2),
     ],
 )
 def test_configs_of_torchao_pass(config, bound):
@@ -186,6 +188,11 @@ def everything(module: nn.Module, name: str) -> bool:
         (nn.Sequential(nn.ReLU()), BitNet(), everything, "0: expected a linear layer"),
         (nn.Sequential(nn.Linear(4, 4, device="meta")), BitNet(), None, "0.weight: expected"),
         (Tied(), Ternary(), lambda m, name: name == "head", "head.weight: expected a weight"),
+        (nn.Sequential(BitLinear(9, 4)), Int8WeightOnlyConfig(), None, "0.weight: expected BitNet"),
+        (
+            nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 4)), INT4, None,
+            r"1.weight: expected a shape that PrototypeInt4WeightOnlyConfig takes, got \(4, 32\)",
+        ),
         (quantize_(nn.Linear(4, 4), Ternary()), Ternary(), None, "weight: expected a plain"),
         (quantize_(nn.Linear(4, 4), BitNet()), BitNet(), None, "weight: expected a plain"),
         (quantize_(nn.Linear(4, 4), Ternary()), BitNet(), None, "weight: expected a plain"),
