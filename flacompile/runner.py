@@ -25,10 +25,9 @@ from torch import Tensor
 
 FACTS = (
     "state_shapes", "state_dtypes", "position", "context", "vocabulary", "end", "tokenizer",
-    "device", "torch",
+    "device", "processor", "torch",
 )  # fmt: skip
 PIECE = 8192  # tokens of a prompt that are read at once
-PROCESSORS = ("DEFAULT", "AVX2", "AVX512")  # each runs what those before it run
 
 
 class Package:
@@ -226,11 +225,9 @@ def check_machine(facts: dict[str, Any]) -> None:
         major, minor = torch.cuda.get_device_capability()
         has, needs = f"{major}{minor}", facts["AOTI_COMPUTE_CAPABILITY"]
         expect(has == needs, "package", f"one for compute capability {has}", needs)
-    needs = facts["AOTI_CPU_ISA"].split(" ")[0]
-    if device == "cpu" and needs in PROCESSORS:
-        has = torch.backends.cpu.get_cpu_capability()
-        fits = has in PROCESSORS[PROCESSORS.index(needs) :]
-        expect(fits, "package", f"one for a processor with {has}", needs)
+    has = torch.cpu.get_capabilities()
+    missing = ", ".join(name for name in facts["processor"] if not has.get(name))
+    expect(not missing, "package", "one for this processor", f"one that needs {missing}")
 
 
 @dataclass(frozen=True)

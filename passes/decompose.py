@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 
 from flacompile.ops.conv import decomposed as conv
@@ -34,21 +33,3 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """Opens every op of ours in an exported program; the other operations stay as they are."""
     return program.run_decompositions(decomposition_table())
-
-
-def stream_weights(program: ExportedProgram) -> ExportedProgram:
-    """Opens linear maps of few rows into what Inductor makes one pass over each weight, on a CPU.
-
-        y_o = sum_k w_ok x_k
-
-    It is as fast as memory gives the weight; libraries take up to three times as long for a matrix
-    product of one row. They are made for many rows, for each of which this reads the weight again.
-    """
-    return program.run_decompositions({torch.ops.aten.linear.default: _linear})
-
-
-def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Products and sums in fp32 at least; x [..., K], w [O, K]."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = (x.to(wide).unsqueeze(-2) * w.to(wide)).sum(-1)
-    return (y if bias is None else y + bias.to(wide)).to(x.dtype)

@@ -1,6 +1,6 @@
 #include "package.h"
 
-#include <ATen/Version.h>
+#include <ATen/cpu/Utils.h>
 #include <ATen/ops/aminmax.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -80,7 +80,8 @@ Facts read_facts(const std::string& path) {
   facts.device = fact("device").text();
   facts.torch = fact("torch").text();
   facts.capability = texts.at("AOTI_COMPUTE_CAPABILITY");
-  facts.processor = texts.at("AOTI_CPU_ISA").substr(0, texts.at("AOTI_CPU_ISA").find(' '));
+  const Json processor = fact("processor");
+  for (const Json& name : processor.array()) facts.processor.push_back(name.text());
   return facts;
 }
 
@@ -95,13 +96,14 @@ void check_machine(const Facts& facts) {
     expect(has == facts.capability, "package", "one for compute capability " + has,
            facts.capability);
   }
-  const std::vector<std::string> processors = {"DEFAULT", "AVX2", "AVX512"};  // rising
-  const auto needs = std::find(processors.begin(), processors.end(), facts.processor);
-  if (facts.device == "cpu" && needs != processors.end()) {
-    const std::string has = at::get_cpu_capability();
-    const bool fits = std::find(needs, processors.end(), has) != processors.end();
-    expect(fits, "package", "one for a processor with " + has, *needs);
+  const auto capabilities = at::cpu::get_cpu_capabilities();
+  std::string missing;
+  for (const std::string& name : facts.processor) {
+    const auto found = capabilities.find(name);
+    const bool has = found != capabilities.end() && found->second.isBool() && found->second.toBool();
+    if (!has) missing += (missing.empty() ? "" : ", ") + name;
   }
+  expect(missing.empty(), "package", "one for this processor", "one that needs " + missing);
 }
 
 // Contiguous, for the next call: what left a convolution's window is cut off as a view.

@@ -22,7 +22,8 @@ struct Facts {
   std::optional<int64_t> context;
   int64_t vocabulary = 0;
   std::vector<int64_t> end;
-  std::string device, torch, processor, capability;
+  std::string device, torch, capability;
+  std::vector<std::string> processor;  // instructions that its code asks for
 };
 
 std::string written(at::IntArrayRef numbers);  // "[2, 1]"

@@ -8,9 +8,13 @@ import torch
 from models import MODELS, VOCAB, llama
 from packages import converted
 from safetensors.torch import load_file
+from torch._inductor import config
+from torch._inductor.cpp_builder import CppTorchOptions
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 import flacompile
 from flacompile.export.gate import compare, load_programs, references
+from flacompile.export.processor import compile_options, instructions
 from flacompile.export.programs import Step, all_mixers
 
 pytestmark = pytest.mark.xdist_group("export")  # its fixtures are long in the making
@@ -99,6 +103,16 @@ def test_the_gate_sees_wrong_values():
     with all_mixers(model), pytest.raises(ValueError, match="expected the model's values within"):
         step = Step(model, None)
         compare({"prefill": step, "decode": step}, step.begin, cases)
+
+
+def test_code_asks_for_what_it_says():
+    """And not for all that the processor at hand has; on others than x86 nothing is said."""
+    with config.patch(compile_options()):
+        compiler = CppTorchOptions(vec_isa=pick_vec_isa())
+    flags = " ".join([*compiler.get_cflags(), *compiler.get_passthrough_args()]).replace("-", "")
+    assert "march=native" not in flags
+    assert all(f"m{name.replace('_', '')}" in flags for name in instructions())
+    assert bool(instructions()) == ("mavx" in flags)
 
 
 def test_refusals(tmp_path):

@@ -1,16 +1,22 @@
 """What is exported, before it is compiled: one step over explicit states, at any B and T."""
 
+from importlib import import_module
+from itertools import pairwise
+
 import pytest
 import torch
 from models import MODELS, llama
-from packages import converted, mixed
+from packages import mixed
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig
 
 import flacompile
 from flacompile import lm
 from flacompile.export.gate import compare, references
-from flacompile.export.programs import SPAN, Step, all_mixers, capture, trace
+from flacompile.export.programs import SPAN, Step, all_mixers, capture
 from flacompile.layers import MIXERS
-from flacompile.passes.decompose import stream_weights
+from flacompile.passes.decompose import decompose
+from flacompile.passes.stream_weights import stream_weights
 from flacompile.passes.swap_attention import swapped
 
 LENGTHS = (1, 64, 65, SPAN + 1)
@@ -57,17 +63,33 @@ def test_every_mixer_in_one_program():
         assert compare(both, step.begin, cases)["prefill"] < 1e-9
 
 
+STORED = {  # dtype, config of torchao, and how many tensors are read as others
+    "fp32": (torch.float32, None, 0),
+    "bf16": (torch.bfloat16, None, 3 * (4 + 1)),
+    "fp16": (torch.float16, None, 0),
+    "int8": (torch.float32, Int8WeightOnlyConfig(), 4 + 1),
+}
+
+
+@pytest.mark.parametrize(("dtype", "config", "views"), STORED.values(), ids=STORED)
 @torch.no_grad()
-def test_one_pass_over_each_weight():
-    model = converted(keep=[])
-    with all_mixers(model.eval()):
-        step, program = Step(model, None), trace(model, names=["decode"])["decode"]
-        one = stream_weights(program)
-        assert count(program, "linear") > count(one, "linear") == count(one, "mm") == 0
-        for batch in (1, 3):
-            ids, states = torch.full((batch, 1), 5), step.begin(batch)
-            want = step(ids, states)
-            torch.testing.assert_close(one.module()(ids, states), want, rtol=1e-5, atol=1e-5)
+def test_weights_are_read_as_they_are_stored(dtype, config, views, monkeypatch):
+    """In words of 32 bits where they fill them, and in four places where the rows go into four."""
+    monkeypatch.setattr(import_module("flacompile.passes.stream_weights"), "LARGE", 1)
+    torch.manual_seed(0)
+    sizes = pairwise((24, 8, 6, 3, 4))
+    layers = nn.Sequential(*(nn.Linear(*pair) for pair in sizes)).to(dtype)
+    layers[2].weight = nn.Parameter(torch.randn(6, 3).to(dtype).t())
+    if config is not None:
+        flacompile.quantize_(layers, config)
+    example, dims = torch.ones(2, 24, dtype=dtype), ({0: torch.export.Dim.DYNAMIC},)
+    program = decompose(torch.export.export(layers, (example,), dynamic_shapes=dims))
+    one = stream_weights(program)
+    assert count(one, "linear") == count(one, "mm") == 0
+    assert sum(node.target is torch.ops.aten.view.dtype for node in one.graph.nodes) == views
+    for rows in (1, 3):
+        x = torch.randn(rows, 24).to(dtype)
+        torch.testing.assert_close(one.module()(x), layers(x))
 
 
 def count(program, name):

@@ -75,6 +75,7 @@ def test_bad_input_is_refused_alike(package, loaded, cpp):
     [
         ("torch", '"1.13.1+cpu"', "package: expected one made with torch .*, got torch 1.13.1"),
         ("device", '"mps"', "package: expected one for a device of this machine, got mps"),
+        ("processor", '["avx512_4fmaps"]', "package: expected one for this processor, got one"),
         ("vocabulary", None, "package: expected one of flacompile.export, got .*vocabulary"),
         ("code", None, "package: expected one that loads, got"),
         (None, None, "package: expected a .pt2 package, got .*zip"),

@@ -19,10 +19,11 @@ from torch.export import ExportedProgram
 
 from flacompile import __version__, hf
 from flacompile.export.gate import LENGTHS, Reference, compare, load_programs, references
+from flacompile.export.processor import compile_options, instructions
 from flacompile.export.programs import Step, all_mixers, is_own, trace
 from flacompile.files import write_atomically
 from flacompile.ops.validate import expect
-from flacompile.passes.decompose import stream_weights
+from flacompile.passes.stream_weights import stream_weights
 
 STAGES = ("trace", "prefill", "decode", "gate")
 
@@ -74,6 +75,7 @@ def export(
     programs, step, facts, cases = prepare(model, max_length, tokenizer, lengths)
     beside = path.with_suffix(".safetensors") if weights == "beside" else None
     facts["weights"] = beside and beside.name
+    facts["processor"] = instructions()
     if decode_for == "one" and facts["device"] == "cpu":
         programs["decode"] = stream_weights(programs["decode"])
     with torch.no_grad():
@@ -81,6 +83,7 @@ def export(
             "aot_inductor.package": True,
             "aot_inductor.package_constants_in_so": beside is None,
             "aot_inductor.metadata": {name: json.dumps(value) for name, value in facts.items()},
+            **compile_options(),
         }
         files: dict[str, Any] = {}
         tensors = None if beside is None else _tensors(programs.values())

@@ -1,10 +1,11 @@
 """A decoded token by a package, beside the model in eager mode and one reading of its weights.
 
-    python tests/bench/package.py --layers 4 --dtype float32 --mixer simple_gla [--quantize]
+    python tests/bench/package.py --layers 4 --dtype float32 --mixer simple_gla
+        [--quantize ternary|int8]
 
-The model has the shape of SmolLM2-135M and random weights; quantised, they are ternary but in the
-embedding, which is the head's. Only ``decode`` is compiled. Times are the smallest of many, wall
-and CPU, on one thread; the reading is a dot product of all weights.
+The model has the shape of SmolLM2-135M and random weights; quantised, they are ternary, or int8 by
+torchao, but in the embedding, which is the head's. Only ``decode`` is compiled. Times are the
+smallest of many, wall and CPU, on one thread; the reading is a dot product of all weights.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
 from smollm2 import converted
 from ternary import parts_of
 from torch._inductor.package import load_package, package_aoti
+from torchao.quantization import Int8WeightOnlyConfig
 
 import flacompile
+from flacompile.export.processor import compile_options
 from flacompile.export.programs import Step, all_mixers, trace
-from flacompile.passes.decompose import stream_weights
+from flacompile.passes.stream_weights import stream_weights
+
+QUANTIZE = {"ternary": flacompile.Ternary(), "int8": Int8WeightOnlyConfig()}
 
 
 def smallest(call: Callable[[], object], repeats: int) -> str:
@@ -42,27 +48,27 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=4)
     options.add_argument("--dtype", default="float32")
     options.add_argument("--mixer", default="simple_gla")
-    options.add_argument("--quantize", action="store_true", help="ternary projections")
+    options.add_argument("--quantize", choices=QUANTIZE, help="projections")
     options.add_argument("--decode-for", choices=["one", "many"], default="one")
-    options.add_argument("--freezing", action="store_true", help="let Inductor pack the weights")
     options.add_argument("--package", type=Path, help="keep it here, and use it if it is there")
+    options.add_argument("--batch", type=int, nargs="+", default=[1])
     options.add_argument("--repeats", type=int, default=40)
     options = options.parse_args()
     torch.set_num_threads(1)
     model = converted(options.mixer, options.layers, options.dtype)
     if options.quantize:
-        flacompile.quantize_(model, flacompile.Ternary())
+        flacompile.quantize_(model, QUANTIZE[options.quantize])
     parts = [part.flatten() for p in model.parameters() for part in parts_of(p)]
     words = torch.cat([part.view(torch.uint8) for part in parts]).view(torch.float32).nan_to_num()
     with all_mixers(model), tempfile.TemporaryDirectory() as folder:
-        step, ids = Step(model, 2048), torch.ones(1, 1, dtype=torch.long)
+        step = Step(model, 2048)
         path = options.package or Path(folder) / "decode.pt2"
         if not path.exists():
             program = trace(model, 2048, ["decode"])["decode"]
             if options.decode_for == "one":
                 program = stream_weights(program)
             args, kwargs = program.example_inputs
-            inductor = {"aot_inductor.package": True, "freezing": options.freezing}
+            inductor = {"aot_inductor.package": True, **compile_options()}
             files = torch._inductor.aot_compile(program.module(), args, kwargs, options=inductor)
             package_aoti(str(path), {"decode": files})
         calls = {"package": load_package(str(path), "decode"), "eager": step}
@@ -71,9 +77,10 @@ def main() -> None:
             "{} layers of {}, weights {}, package {}".format(options.layers, options.mixer, *sizes)
         )
         print("read", smallest(lambda: words.dot(words), options.repeats))
-        for name, call in calls.items():
-            states = step.begin(1)
-            print(name, smallest(lambda: call(ids, states), options.repeats))  # noqa: B023
+        for batch, (name, call) in product(options.batch, calls.items()):
+            ids, states = torch.ones(batch, 1, dtype=torch.long), step.begin(batch)
+            took = smallest(lambda: call(ids, states), options.repeats)  # noqa: B023
+            print(f"{name}, {batch} sequences: {took}")
 
 
 if __name__ == "__main__":
