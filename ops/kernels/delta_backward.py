@@ -24,21 +24,26 @@ from flacompile.ops.kernels.columns import _between, _columns, _passes_over
 from flacompile.ops.kernels.delta import delta_rule_walk_back, tiles
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import _carried, _place, _rows_of, by_kind, chunks_of, states
+from flacompile.ops.kernels.states import _place, _rows_of, by_kind, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
+    NARROWEST,
+    _carried,
     _channel_sums,
     _decay_sums,
     _dot,
     _load,
     _load_state,
     _store_rows,
+    _sums_after,
+    _sums_within,
     dot_of,
     key_tiles,
 )
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
+PART = tl.constexpr(NARROWEST)  # columns of the values that a program takes at once
 
 
 @triton.jit
@@ -64,76 +69,94 @@ def _keys_kernel(
         return
     beta_c = tl.load(beta + at + by, mask=inside, other=0.0).to(tl.float32)
 
-    # 2. From the states.
+    # 2. What the values get: a share of their columns.
+    dbeta_c = tl.zeros([C], tl.float32)
+    for column in range(block * PART, V, NK * PART):
+        part = column + tl.arange(0, PART)
+        dr_p, v_p = _load(dr, at, by, inside, part, V), _load(v, at, by, inside, part, V)
+        dbeta_c += tl.sum(dr_p.to(tl.float32) * v_p, 1)
+        _store_rows(beta_c[:, None] * dr_p, dv, at, by, inside, part, V)
+
+    # 3. What stands inside the chunk, and the decays.
     u_c, do_c = _load(u, at, by, inside, vv, V), _load(do, at, by, inside, vv, V)
     dr_c = _load(dr, at, by, inside, vv, V)
-    S_c = tl.trans(_load_state(S, state, kk, vv, K, V))
-    dq_c = scale * _dot(do_c, S_c, DOT, PRECISION)
-    y_c = -_dot(dr_c, S_c, DOT, PRECISION)
-    dk_c = _dot(u_c, tl.trans(_load_state(G, state, kk, vv, K, V)), DOT, PRECISION)
-
-    # 3. What the values get.
-    dbeta_c = tl.zeros([C], tl.float32)
-    if block == 0:
-        dbeta_c += tl.sum(dr_c.to(tl.float32) * _load(v, at, by, inside, vv, V), 1)
-        _store_rows(beta_c[:, None] * dr_c, dv, at, by, inside, vv, V)
-
-    # 4. From the rows of the chunk.
-    A = tl.where(i[:, None] >= i[None, :], scale * _dot(do_c, tl.trans(u_c), DOT, PRECISION), 0.0)
-    E = tl.where(i[:, None] > i[None, :], -_dot(dr_c, tl.trans(u_c), DOT, PRECISION), 0.0)
-    q_c, k_c = _load(q, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
-    carried = tl.zeros([BK], tl.float32)
-    if g is not None or gk is not None:
-        carried += _carried(S, G, state, kk, K, V)
+    A = scale * _dot(do_c, tl.trans(u_c), DOT, PRECISION)
+    E = -_dot(dr_c, tl.trans(u_c), DOT, PRECISION)
     if g is not None:
         hi, lo, _, _, hi_end, lo_end = _decay_sums(g, at, by, inside)
         A *= _between(hi, lo, i)
         E *= _between(hi, lo, i)
-        dq_c *= tl.exp(hi + lo)[:, None]
-        y_c *= tl.exp(hi + lo)[:, None]
-        dk_c *= tl.exp((hi_end - hi) + (lo_end - lo))[:, None]
-        carried *= tl.exp(hi_end + lo_end)
+    A = tl.where(i[:, None] >= i[None, :], A, 0.0)
+    E = tl.where(i[:, None] > i[None, :], E, 0.0)
+    E_beta = beta_c[:, None] * E
+    A_turned, E_turned = tl.trans(A).to(DOT), tl.trans(E_beta).to(DOT)
+    k_c = _load(k, at, by, inside, kk, K)
     if gk is not None:
         gk_c = _load(gk, at, by, inside, kk, K)
-        sums, end = _channel_sums(gk_c, False)
-        carried *= tl.exp(end)
-        dq_c *= tl.exp(sums)
-        y_c *= tl.exp(sums)
-        dk_c *= tl.exp(_channel_sums(gk_c, True)[0])
+        sums = _sums_within(gk_c, i, PRECISION, STRONG)
+
+    # 4. dq, from the state and from the rows of the chunk; then y.
+    S_c = _load_state(S, state, kk, vv, K, V)
+    G_c = _load_state(G, state, kk, vv, K, V)
     if g is not None or gk is not None:
-        carried += tl.sum(k_c * dk_c, 0)
-    E_beta = beta_c[:, None] * E
+        carried = _carried(S_c, G_c, BK, DOT, PRECISION)
+    q_c, S_c = _load(q, at, by, inside, kk, K), tl.trans(S_c)
+    dq_c = scale * _dot(do_c, S_c, DOT, PRECISION)
+    y_c = -_dot(dr_c, S_c, DOT, PRECISION)
     if gk is None:
+        if g is not None:
+            dq_c *= tl.exp(hi + lo)[:, None]
+            y_c *= tl.exp(hi + lo)[:, None]
         dq_c += _dot(A, k_c, DOT, PRECISION)
         y_c += _dot(E, k_c, DOT, PRECISION)
-        dk_c += _dot(tl.trans(A), q_c, DOT, PRECISION) + _dot(tl.trans(E_beta), k_c, DOT, PRECISION)
     elif not STRONG:
-        into, out = tl.exp(sums), tl.exp(-sums)
-        dq_c += into * _dot(A, k_c * out, DOT, PRECISION)
-        y_c += into * _dot(E, k_c * out, DOT, PRECISION)
-        from_q = _dot(tl.trans(A), q_c * into, DOT, PRECISION)
-        dk_c += out * (from_q + _dot(tl.trans(E_beta), k_c * into, DOT, PRECISION))
+        into, k_out = tl.exp(sums), (k_c * tl.exp(-sums)).to(DOT)
+        q_in, k_in = (q_c * into).to(DOT), (k_c * into).to(DOT)
+        dq_c += _dot(A, k_out, DOT, PRECISION)
+        y_c += _dot(E, k_out, DOT, PRECISION)
+        dq_c, y_c = into * dq_c, into * y_c
     else:
         _P, dq_in, dk_in = _columns(q_c, k_c, A, k, gk, at, first, length, i, kk, H, K, C)
-        dq_c, dk_c = dq_c + dq_in, dk_c + dk_in
         _P, y_in, _ = _columns(k_c, k_c, E, k, gk, at, first, length, i, kk, H, K, C)
-        _P, _, dk_in = _columns(k_c, k_c, E_beta, k, gk, at, first, length, i, kk, H, K, C)
-        y_c, dk_c = y_c + y_in, dk_c + dk_in
-    dk_c += beta_c[:, None] * y_c
+        dq_c, y_c = tl.exp(sums) * dq_c + dq_in, tl.exp(sums) * y_c + y_in
     _store_rows(dq_c, dq, at, by, inside, kk, K)
-    _store_rows(dk_c, dk, at, by, inside, kk, K)
     read = k_c * y_c
+    change = q_c * dq_c + beta_c[:, None] * read
     dbeta_c += tl.sum(read, 1)
     tl.store(dbeta + block * ROWS + at + by, dbeta_c, mask=inside)
 
-    # 5. What the decays get.
-    db = q_c * dq_c + 2.0 * beta_c[:, None] * read - k_c * dk_c
+    # 5. dk, of the keys that write and of those that read.
+    dk_c = _dot(u_c, tl.trans(G_c), DOT, PRECISION)
+    if gk is None:
+        if g is not None:
+            dk_c *= tl.exp((hi_end - hi) + (lo_end - lo))[:, None]
+            carried = tl.exp(hi_end + lo_end) * carried + tl.sum(k_c * dk_c, 0)
+        dk_c += _dot(A_turned, q_c, DOT, PRECISION)
+        dk_c += _dot(E_turned, k_c, DOT, PRECISION)
+    else:
+        end = tl.exp(tl.load(total + state * K + kk, mask=kk < K, other=0.0))
+        if not STRONG:
+            carried = end * (carried + tl.sum(k_c * tl.exp(-sums) * dk_c, 0))
+            dk_c *= end[None, :]
+            dk_c += _dot(A_turned, q_in, DOT, PRECISION)
+            dk_c += _dot(E_turned, k_in, DOT, PRECISION)
+            dk_c *= tl.exp(-sums)
+        else:
+            dk_c *= tl.exp(_channel_sums(gk_c, True)[0])
+            carried = end * carried + tl.sum(k_c * dk_c, 0)
+            dk_c += dk_in
+            _P, _, dk_in = _columns(k_c, k_c, E_beta, k, gk, at, first, length, i, kk, H, K, C)
+            dk_c += dk_in
+    change -= k_c * dk_c
+    _store_rows(dk_c + beta_c[:, None] * y_c, dk, at, by, inside, kk, K)
+
+    # 6. What the decays get.
     if g is not None:
-        dg_c = tl.cumsum(tl.sum(db, 1), 0, reverse=True) + tl.sum(carried)
+        dg_c = tl.cumsum(tl.sum(change, 1), 0, reverse=True) + tl.sum(carried)
         tl.store(dg + block * ROWS + at + by, dg_c, mask=inside)
     if gk is not None:
-        dg_k = tl.cumsum(db, 0, reverse=True) + carried[None, :]
-        _store_rows(dg_k, dgk, at, by, inside, kk, K)
+        dg_c = _sums_after(change, i, DOT) + carried[None, :]
+        _store_rows(dg_c, dgk, at, by, inside, kk, K)
 
 
 def delta_rule_backward(

@@ -25,17 +25,20 @@ from torch import Tensor
 from flacompile.ops.kernels.columns import _between, _columns, _passes_over
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import _carried, _place, _rows_of, by_kind, chunks_of, states
+from flacompile.ops.kernels.states import _place, _rows_of, by_kind, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
     NARROWEST,
+    _carried,
     _channel_sums,
     _decay_sums,
     _dot,
     _load,
     _load_state,
     _store_rows,
+    _sums_after,
+    _sums_within,
     dot_of,
 )
 
@@ -67,51 +70,69 @@ def _keys_kernel(
     if _passes_over(total, state, kk, K, LIMIT, STRONG):
         return
 
-    # 2. From the states, then from the rows of the chunk.
+    # 2. What stands inside the chunk, and the decays.
     v_c, do_c = _load(v, at, by, inside, vv, V), _load(do, at, by, inside, vv, V)
-    dq_c = scale * _dot(do_c, tl.trans(_load_state(S, state, kk, vv, K, V)), DOT, PRECISION)
-    dk_c = _dot(v_c, tl.trans(_load_state(D, state, kk, vv, K, V)), DOT, PRECISION)
     A = scale * _dot(do_c, tl.trans(v_c), DOT, PRECISION)
-    q_c, k_c = _load(q, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
-    carried = tl.zeros([BK], tl.float32)
-    if g is not None or gk is not None:
-        carried += _carried(S, D, state, kk, K, V)
+    k_c = _load(k, at, by, inside, kk, K)
     if g is not None:
         hi, lo, _, _, hi_end, lo_end = _decay_sums(g, at, by, inside)
         A *= _between(hi, lo, i)
-        dq_c *= tl.exp(hi + lo)[:, None]
-        dk_c *= tl.exp((hi_end - hi) + (lo_end - lo))[:, None]
-        carried *= tl.exp(hi_end + lo_end)
     else:
         A = tl.where(i[:, None] >= i[None, :], A, 0.0)
+    A_turned = tl.trans(A).to(DOT)
     if gk is not None:
         gk_c = _load(gk, at, by, inside, kk, K)
-        sums, end = _channel_sums(gk_c, False)
-        carried *= tl.exp(end)
-        dq_c *= tl.exp(sums)
-        dk_c *= tl.exp(_channel_sums(gk_c, True)[0])
+        sums = _sums_within(gk_c, i, PRECISION, STRONG)
+
+    # 3. dq, from the state and from the rows of the chunk.
+    S_c = _load_state(S, state, kk, vv, K, V)
+    D_c = _load_state(D, state, kk, vv, K, V)
     if g is not None or gk is not None:
-        carried += tl.sum(k_c * dk_c, 0)
+        carried = _carried(S_c, D_c, BK, DOT, PRECISION)
+    dq_c = scale * _dot(do_c, tl.trans(S_c), DOT, PRECISION)
+    q_c = _load(q, at, by, inside, kk, K)
     if gk is None:
+        if g is not None:
+            dq_c *= tl.exp(hi + lo)[:, None]
         dq_c += _dot(A, k_c, DOT, PRECISION)
-        dk_c += _dot(tl.trans(A), q_c, DOT, PRECISION)
     elif not STRONG:
-        dq_c += tl.exp(sums) * _dot(A, k_c.to(tl.float32) * tl.exp(-sums), DOT, PRECISION)
-        q_in = q_c.to(tl.float32) * tl.exp(sums)
-        dk_c += tl.exp(-sums) * _dot(tl.trans(A), q_in, DOT, PRECISION)
+        dq_c += _dot(A, k_c * tl.exp(-sums), DOT, PRECISION)
+        into = tl.exp(sums)
+        q_in = (q_c * into).to(DOT)
+        dq_c *= into
     else:
         _P, dq_in, dk_in = _columns(q_c, k_c, A, k, gk, at, first, length, i, kk, H, K, C)
-        dq_c, dk_c = dq_c + dq_in, dk_c + dk_in
+        dq_c = tl.exp(sums) * dq_c + dq_in
     _store_rows(dq_c, dq, at, by, inside, kk, K)
+    change = q_c * dq_c
+
+    # 4. dk, in the same way.
+    if gk is not None:
+        end = tl.exp(tl.load(total + state * K + kk, mask=kk < K, other=0.0))
+    dk_c = _dot(v_c, tl.trans(D_c), DOT, PRECISION)
+    if gk is None:
+        if g is not None:
+            dk_c *= tl.exp((hi_end - hi) + (lo_end - lo))[:, None]
+            carried = tl.exp(hi_end + lo_end) * carried + tl.sum(k_c * dk_c, 0)
+        dk_c += _dot(A_turned, q_c, DOT, PRECISION)
+    elif not STRONG:
+        carried = end * (carried + tl.sum(k_c * tl.exp(-sums) * dk_c, 0))
+        dk_c *= end[None, :]
+        dk_c += _dot(A_turned, q_in, DOT, PRECISION)
+        dk_c *= tl.exp(-sums)
+    else:
+        dk_c *= tl.exp(_channel_sums(gk_c, True)[0])
+        carried = end * carried + tl.sum(k_c * dk_c, 0)
+        dk_c += dk_in
     _store_rows(dk_c, dk, at, by, inside, kk, K)
 
-    # 3. What the decays get.
+    # 5. What the decays get.
+    change -= k_c * dk_c
     if g is not None:
-        row = tl.sum(q_c * dq_c - k_c * dk_c, 1)
-        dg_c = tl.cumsum(row, 0, reverse=True) + tl.sum(carried)
+        dg_c = tl.cumsum(tl.sum(change, 1), 0, reverse=True) + tl.sum(carried)
         tl.store(dg + block * ROWS + at + by, dg_c, mask=inside)
     if gk is not None:
-        dg_c = tl.cumsum(q_c * dq_c - k_c * dk_c, 0, reverse=True) + carried[None, :]
+        dg_c = _sums_after(change, i, DOT) + carried[None, :]
         _store_rows(dg_c, dgk, at, by, inside, kk, K)
 
 
@@ -145,14 +166,14 @@ def _values_kernel(
             dv_c += _dot(k_c, D_c, DOT, PRECISION)
         else:
             gk_c = _load(gk, at, by, inside, kk, K)
-            sums, _ = _channel_sums(gk_c, False)
-            k_end = k_c.to(tl.float32) * tl.exp(_channel_sums(gk_c, True)[0])
-            dv_c += _dot(k_end, D_c, DOT, PRECISION)
             if not STRONG:
-                q_in = q_c.to(tl.float32) * tl.exp(sums)
-                k_in = k_c.to(tl.float32) * tl.exp(-sums)
-                P += _dot(q_in, tl.trans(k_in), DOT, PRECISION)
+                sums = _sums_within(gk_c, i, PRECISION, STRONG)
+                end = tl.load(total + (chunk * H + h) * K + kk, mask=kk < K, other=0.0)
+                k_out = k_c * tl.exp(-sums)
+                P += _dot(q_c * tl.exp(sums), tl.trans(k_out), DOT, PRECISION)
+                dv_c += _dot(k_out * tl.exp(end)[None, :], D_c, DOT, PRECISION)
             else:
+                dv_c += _dot(k_c * tl.exp(_channel_sums(gk_c, True)[0]), D_c, DOT, PRECISION)
                 P += _columns(q_c, k_c, None, k, gk, at, first, length, i, kk, H, K, C)[0]
 
     # 3. Inside the chunk.
