@@ -182,7 +182,9 @@ def chunk_types(op, dtype, decay):
     types |= typed("X E P R S D G states", kept) | {"scale": SCALE}
     types |= typed(f"{decay} d{decay} state final dbeta ends moved starts", "*fp32")
     types |= typed("T H N CHUNKS ROWS SEGMENT SEGMENTS", "i32")
-    if decay == "gk":
+    if decay == "g":
+        types |= typed("into rest", "*fp32")
+    else:
         types |= typed("q_in a_in k_in b_end k_end", kept if op == "dplr" else f"*{dtype}")
         types |= typed("total decays total_k", "*fp32")
         types |= typed("cu_seqlens offsets sequences places", "*i64")

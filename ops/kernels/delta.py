@@ -36,11 +36,13 @@ from flacompile.ops.kernels.tiles import (
     LIMITS,
     NARROWEST,
     _channel_sums,
+    _channel_total,
     _decay_sums,
     _dot,
     _load,
     _store_rows,
     _store_state,
+    _sums_within,
     dot_of,
 )
 from flacompile.ops.kernels.walk import _decay_of, _state_before, _store_walk, _walked, walked
@@ -48,11 +50,14 @@ from flacompile.ops.kernels.walk import _decay_of, _state_before, _store_walk, _
 
 @triton.jit
 def _inside_kernel(
-    q, k, g, gk, beta, cu_seqlens, sequences, places, X, P, q_in, k_in, k_end, total, scale,
-    T, H, N, CHUNKS, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    q, k, g, gk, beta, cu_seqlens, sequences, places, X, P, q_in, k_in, k_end, into, rest, total,
+    scale, T, H, N, CHUNKS, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """X and P of one chunk and head; with gk also the decayed rows, and the chunk's log decay."""
+    """X and P of one chunk and head; with g decays of rows, from the chunk's start and to its end.
+
+    With gk the decayed rows instead, and the chunk's log decay.
+    """
     scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     h, chunk = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
@@ -60,32 +65,41 @@ def _inside_kernel(
     if n >= N:
         return
     first, length, i, at, by, inside = _rows_of(cu_seqlens, n, place, h, T, H, C)
-    kk = tl.arange(0, BK)
-    q_c, k_c = _load(q, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
+    L, P_c = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
 
-    # 2. Products of its rows, decayed.
-    if gk is None:
-        L = _dot(k_c, tl.trans(k_c), DOT, PRECISION)
-        P_c = _dot(q_c, tl.trans(k_c), DOT, PRECISION)
-        if g is not None:
-            hi, lo, _, _, _, _ = _decay_sums(g, at, by, inside)
-            L *= _between(hi, lo, i)
-            P_c *= _between(hi, lo, i)
-    else:
-        gk_c = _load(gk, at, by, inside, kk, K)
-        sums, end = _channel_sums(gk_c, False)
-        tl.store(total + (chunk * H + h) * K + kk, end, mask=kk < K)
-        _store_rows(k_c * tl.exp(_channel_sums(gk_c, True)[0]), k_end, at, by, inside, kk, K)
-        into_q, into_k = q_c * tl.exp(sums), k_c * tl.exp(sums)
-        _store_rows(into_q, q_in, at, by, inside, kk, K)
-        _store_rows(into_k, k_in, at, by, inside, kk, K)
-        if tl.min(end, 0) > -LIMIT:
-            out = tl.trans(k_c * tl.exp(-sums))
-            L = _dot(into_k, out, DOT, PRECISION)
-            P_c = _dot(into_q, out, DOT, PRECISION)
+    # 2. Products of its rows, decayed, from the key channels a block at a time.
+    for block in range(0, K, BK):
+        kk = block + tl.arange(0, BK)
+        q_c, k_c = _load(q, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
+        if gk is None:
+            L += _dot(k_c, tl.trans(k_c), DOT, PRECISION)
+            P_c += _dot(q_c, tl.trans(k_c), DOT, PRECISION)
         else:
-            L = _columns(k_c, k_c, None, k, gk, at, first, length, i, kk, H, K, C)[0]
-            P_c = _columns(q_c, k_c, None, k, gk, at, first, length, i, kk, H, K, C)[0]
+            gk_c = _load(gk, at, by, inside, kk, K)
+            end = _channel_total(gk_c)
+            tl.store(total + (chunk * H + h) * K + kk, end, mask=kk < K)
+            if tl.min(end, 0) > -LIMIT:
+                sums = _sums_within(gk_c, i, PRECISION, False)
+                into_q, into_k = q_c * tl.exp(sums), k_c * tl.exp(sums)
+                out = k_c * tl.exp(-sums)
+                L += _dot(into_k, tl.trans(out), DOT, PRECISION)
+                P_c += _dot(into_q, tl.trans(out), DOT, PRECISION)
+                _store_rows(tl.exp(end)[None, :] * out, k_end, at, by, inside, kk, K)
+                _store_rows(into_q, q_in, at, by, inside, kk, K)
+                _store_rows(into_k, k_in, at, by, inside, kk, K)
+            else:
+                w, w_end = _channel_sums(gk_c, False)[0], _channel_sums(gk_c, True)[0]
+                _store_rows(k_c * tl.exp(w_end), k_end, at, by, inside, kk, K)
+                _store_rows(q_c * tl.exp(w), q_in, at, by, inside, kk, K)
+                _store_rows(k_c * tl.exp(w), k_in, at, by, inside, kk, K)
+                L += _columns(k_c, k_c, None, k, gk, at, first, length, i, kk, H, K, C)[0]
+                P_c += _columns(q_c, k_c, None, k, gk, at, first, length, i, kk, H, K, C)[0]
+    if g is not None:
+        hi, lo, _, _, hi_end, lo_end = _decay_sums(g, at, by, inside)
+        tl.store(into + at + by, tl.exp(hi + lo), mask=inside)
+        tl.store(rest + at + by, tl.exp((hi_end - hi) + (lo_end - lo)), mask=inside)
+        L *= _between(hi, lo, i)
+        P_c *= _between(hi, lo, i)
     P_c = tl.where(i[:, None] >= i[None, :], scale * P_c, 0.0)
     _store_rows(P_c, P, at, by, inside, i, C)
 
@@ -96,9 +110,17 @@ def _inside_kernel(
 
 
 @triton.jit
+def _decays_of(into, rest, at, by, inside):
+    """Decays of a chunk's rows, from its start and to its end, and of the chunk."""
+    into_c = tl.load(into + at + by, mask=inside, other=0.0)[:, None]
+    rest_c = tl.load(rest + at + by, mask=inside, other=0.0)[:, None]
+    return into_c, rest_c, tl.load(into + at) * tl.load(rest + at)
+
+
+@triton.jit
 def _forward_kernel(
-    q, k, k_end, v, g, total, beta, X, P, state, cu_seqlens, offsets, u, o, ends, moved, final,
-    scale, T, H, CHUNKS, SEGMENT, SEGMENTS,
+    q, k, k_end, v, into, rest, total, beta, X, P, state, cu_seqlens, offsets, u, o, ends, moved,
+    final, scale, T, H, CHUNKS, SEGMENT, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -113,37 +135,39 @@ def _forward_kernel(
     i = tl.arange(0, C)
     begin = segment * SEGMENT
     for chunk in range(begin, tl.minimum(begin + SEGMENT, count)):
-        # 2. Load the chunk; the identity's columns have no values.
+        # 2. Load the chunk, all of it before the first dot; the identity's columns have no values.
         at, by, inside = (start + chunk * C) * H + h, i * H, chunk * C + i < length
         k_c, X_c = _load(k, at, by, inside, kk, K), _load(X, at, by, inside, i, C)
         v_c = _load(v, at, by, inside & (moves == 0), vv, V)
         beta_c = tl.load(beta + at + by, mask=inside, other=0.0).to(tl.float32)[:, None]
         k_write = k_c if k_end is None else _load(k_end, at, by, inside, kk, K)
-        if g is not None:
-            hi, lo, _, _, hi_end, lo_end = _decay_sums(g, at, by, inside)
+        if not FIRST:
+            q_c, P_c = _load(q, at, by, inside, kk, K), _load(P, at, by, inside, i, C)
+        if into is not None:
+            into_c, rest_c, decay = _decays_of(into, rest, at, by, inside)
+        if total is not None:
+            decay = _decay_of(total, (base + chunk) * H + h, kk, K)[:, None]
 
         # 3. Solve for u.
         read = _dot(k_c, S, DOT, PRECISION)
-        if g is not None:
-            read *= tl.exp(hi + lo)[:, None]
+        if into is not None:
+            read *= into_c
         U = _dot(X_c, beta_c * (v_c.to(tl.float32) - read), DOT, PRECISION)
 
         # 4. Read o.
         if not FIRST:
             _store_rows(U, u, at, by, inside, vv, V)
-            q_c = _load(q, at, by, inside, kk, K)
             o_c = scale * _dot(q_c, S, DOT, PRECISION)
-            if g is not None:
-                o_c *= tl.exp(hi + lo)[:, None]
-            o_c += _dot(_load(P, at, by, inside, i, C), U, DOT, PRECISION)
+            if into is not None:
+                o_c *= into_c
+            o_c += _dot(P_c, U, DOT, PRECISION)
             _store_rows(o_c, o, at, by, inside, vv, V)
 
         # 5. Take the chunk into the state.
-        if g is not None:
-            S *= tl.exp(hi_end + lo_end)
-            U *= tl.exp((hi_end - hi) + (lo_end - lo))[:, None]
-        if total is not None:
-            S *= _decay_of(total, (base + chunk) * H + h, kk, K)[:, None]
+        if into is not None:
+            U *= rest_c
+        if into is not None or total is not None:
+            S *= decay
         S += _dot(tl.trans(k_write), U, DOT, PRECISION)
 
     _store_walk(S, ends, moved, final, moves, owner, segment, SEGMENTS, n, H, h, kk, vv, K, V)
@@ -151,8 +175,8 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    q, k, k_end, g, total, beta, X, P, do, state, cu_seqlens, offsets, dr, states, ends, moved,
-    final, scale, T, H, CHUNKS, SEGMENT, SEGMENTS,
+    q, k, k_end, into, rest, total, beta, X, P, do, state, cu_seqlens, offsets, dr, states, ends,
+    moved, final, scale, T, H, CHUNKS, SEGMENT, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -167,36 +191,38 @@ def _backward_kernel(
     i = tl.arange(0, C)
     begin = segment * SEGMENT
     for step in range(begin, tl.minimum(begin + SEGMENT, count)):
-        # 2. Load the chunk.
+        # 2. Load the chunk, all of it before the first dot.
         chunk = count - 1 - step
         at, by, inside = (start + chunk * C) * H + h, i * H, chunk * C + i < length
-        if not FIRST:
-            _store_state(S, states, (base + chunk) * H + h, kk, vv, K, V)
         q_c, k_c = _load(q, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
+        X_c, P_c = _load(X, at, by, inside, i, C), _load(P, at, by, inside, i, C)
         do_c = _load(do, at, by, inside & (moves == 0), vv, V)
         beta_c = tl.load(beta + at + by, mask=inside, other=0.0).to(tl.float32)[:, None]
         k_write = k_c if k_end is None else _load(k_end, at, by, inside, kk, K)
-        if g is not None:
-            hi, lo, _, _, hi_end, lo_end = _decay_sums(g, at, by, inside)
+        if into is not None:
+            into_c, rest_c, decay = _decays_of(into, rest, at, by, inside)
+        if total is not None:
+            decay = _decay_of(total, (base + chunk) * H + h, kk, K)[:, None]
+        if not FIRST:
+            _store_state(S, states, (base + chunk) * H + h, kk, vv, K, V)
 
         # 3. The gradients of u and of what it was solved from.
         dU = _dot(k_write, S, DOT, PRECISION)
-        if g is not None:
-            dU *= tl.exp((hi_end - hi) + (lo_end - lo))[:, None]
-        dU += _dot(tl.trans(_load(P, at, by, inside, i, C)), do_c, DOT, PRECISION)
-        dR = _dot(tl.trans(_load(X, at, by, inside, i, C)), dU, DOT, PRECISION)
+        if into is not None:
+            dU *= rest_c
+        dU += _dot(tl.trans(P_c), do_c, DOT, PRECISION)
+        dR = _dot(tl.trans(X_c), dU, DOT, PRECISION)
         if not FIRST:
             _store_rows(dR, dr, at, by, inside, vv, V)
 
         # 4. Of the state before the chunk.
         dR *= beta_c
         do_c = scale * do_c.to(tl.float32)
-        if g is not None:
-            S *= tl.exp(hi_end + lo_end)
-            dR *= tl.exp(hi + lo)[:, None]
-            do_c *= tl.exp(hi + lo)[:, None]
-        if total is not None:
-            S *= _decay_of(total, (base + chunk) * H + h, kk, K)[:, None]
+        if into is not None:
+            dR *= into_c
+            do_c *= into_c
+        if into is not None or total is not None:
+            S *= decay
         S += _dot(tl.trans(q_c), do_c, DOT, PRECISION) - _dot(tl.trans(k_c), dR, DOT, PRECISION)
 
     _store_walk(S, ends, moved, final, moves, owner, segment, SEGMENTS, n, H, h, kk, vv, K, V)
@@ -223,6 +249,8 @@ class Inside(NamedTuple):
     X, P: [B, T, H, C], row i of a chunk at its token.
     q, k, k_end: [B, T, H, K], with a decay a channel decayed from the chunk's start, and to its
         end; else q, k and None.
+    into, rest: [B, T, H], a decay a head of each row from the chunk's start, and to its end; or
+        None.
     total: log decay a channel of each chunk, [chunks, H, K], or None.
     """
 
@@ -231,6 +259,8 @@ class Inside(NamedTuple):
     q: Tensor
     k: Tensor
     k_end: Tensor | None
+    into: Tensor | None
+    rest: Tensor | None
     total: Tensor | None
 
 
@@ -243,18 +273,19 @@ def inside(
     kept = torch.bfloat16 if dot == "bf16" else torch.float32
     X, P = (q.new_empty(B, T, H, chunks.size, dtype=kept) for _ in range(2))
     rows: tuple[Tensor | None, ...] = (None, None, None)
+    into, rest = (None if decays[0] is None else torch.empty_like(decays[0]) for _ in range(2))
     total = None
     if decays[1] is not None:
         rows = tuple(torch.empty_like(x) for x in (q, k, k))
         total = q.new_empty(chunks.total, H, K, dtype=torch.float32)
     launch(
         _inside_kernel, (chunks.total * H,), q, k, *decays, beta, cu_seqlens, chunks.sequences,
-        chunks.places, X, P, *rows, total, scale, T, H, sequences, chunks.each, K=K,
-        BK=max(16, triton.next_power_of_2(K)), C=chunks.size, LIMIT=LIMITS[dot], **DOTS[dot],
-        num_warps=2 if total is None else 4, num_stages=1,
+        chunks.places, X, P, *rows, into, rest, total, scale, T, H, sequences, chunks.each, K=K,
+        BK=NARROWEST, C=chunks.size, LIMIT=LIMITS[dot], **DOTS[dot], num_warps=4, num_stages=1,
     )  # fmt: skip
     q_in, k_in, k_end = rows
-    return Inside(X, P, q if q_in is None else q_in, k if k_in is None else k_in, k_end, total)
+    q, k = q if q_in is None else q_in, k if k_in is None else k_in
+    return Inside(X, P, q, k, k_end, into, rest, total)
 
 
 def delta_rule_forward(
@@ -286,7 +317,7 @@ def delta_rule_forward(
     x = inside(q, k, decays, beta, cu_seqlens, chunks, scale, state.shape[0], dot)
     u, o = torch.empty_like(v), torch.empty_like(v)
     final = walked(
-        _forward_kernel, (x.q, x.k, x.k_end, v, decays[0], x.total, beta, x.X, x.P), state,
+        _forward_kernel, (x.q, x.k, x.k_end, v, x.into, x.rest, x.total, beta, x.X, x.P), state,
         cu_seqlens, chunks, (u, o), scale, q.shape[:2], meta | DOTS[dot],
     )  # fmt: skip
     return o, final, u
@@ -302,7 +333,7 @@ def delta_rule_walk_back(
     kept = torch.bfloat16 if dot == "bf16" else torch.float32
     states = dfinal.new_empty(chunks.total, *dfinal.shape[1:], dtype=kept)
     dstate = walked(
-        _backward_kernel, (x.q, x.k, x.k_end, decays[0], x.total, beta, x.X, x.P, do), dfinal,
+        _backward_kernel, (x.q, x.k, x.k_end, x.into, x.rest, x.total, beta, x.X, x.P, do), dfinal,
         cu_seqlens, chunks, (dr, states), scale, q.shape[:2], back_tiles(meta) | DOTS[dot],
     )  # fmt: skip
     return dr, states, dstate

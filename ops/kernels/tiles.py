@@ -101,6 +101,12 @@ def _decay_sums(g, at, by, inside):
 
 
 @triton.jit
+def _channel_total(g_c):
+    """Sum of the log decays of each channel, none below what is 0 in fp32."""
+    return tl.sum(tl.maximum(g_c, -128.0), 0)
+
+
+@triton.jit
 def _channel_sums(g_c, REST: tl.constexpr):
     """Sums of the log decays of each channel up to each row, or of the rows after it; and of all.
 
