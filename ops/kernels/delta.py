@@ -79,7 +79,7 @@ def _inside_kernel(
             end = _channel_total(gk_c)
             tl.store(total + (chunk * H + h) * K + kk, end, mask=kk < K)
             if tl.min(end, 0) > -LIMIT:
-                sums = _sums_within(gk_c, i, PRECISION, False)
+                sums = _sums_within(gk_c, i, PRECISION)
                 into_q, into_k = q_c * tl.exp(sums), k_c * tl.exp(sums)
                 out = k_c * tl.exp(-sums)
                 L += _dot(into_k, tl.trans(out), DOT, PRECISION)

@@ -93,7 +93,10 @@ def _keys_kernel(
     k_c = _load(k, at, by, inside, kk, K)
     if gk is not None:
         gk_c = _load(gk, at, by, inside, kk, K)
-        sums = _sums_within(gk_c, i, PRECISION, STRONG)
+        if STRONG:
+            sums = _channel_sums(gk_c, False)[0]
+        else:
+            sums = _sums_within(gk_c, i, PRECISION)
 
     # 4. dq, from the state and from the rows of the chunk; then y.
     S_c = _load_state(S, state, kk, vv, K, V)

@@ -38,10 +38,13 @@ from flacompile.ops.kernels.tiles import (
     LIMITS,
     NARROWEST,
     _channel_sums,
+    _channel_total,
     _dot,
     _load,
     _store_rows,
     _store_state,
+    _sums_before,
+    _sums_within,
     dot_of,
 )
 from flacompile.ops.kernels.walk import _decay_of, _state_before, _store_walk, _walked, walked
@@ -61,32 +64,42 @@ def _inside_kernel(
     if n >= N:
         return
     first, length, i, at, by, inside = _rows_of(cu_seqlens, n, place, h, T, H, C)
-    kk = tl.arange(0, BK)
-    q_c, a_c = _load(q, at, by, inside, kk, K), _load(a, at, by, inside, kk, K)
-    b_c, k_c = _load(b, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
+    A, E_c = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    P_c, R_c = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
 
-    # 2. The decayed rows.
-    gk_c = _load(gk, at, by, inside, kk, K)
-    sums, end = _channel_sums(gk_c, False)
-    rest = tl.exp(_channel_sums(gk_c, True)[0])
-    tl.store(total + (chunk * H + h) * K + kk, end, mask=kk < K)
-    _store_rows(b_c * rest, b_end, at, by, inside, kk, K)
-    _store_rows(k_c * rest, k_end, at, by, inside, kk, K)
-    into_q = q_c * tl.exp(sums)
-    into_a = a_c * tl.exp(sums - tl.maximum(gk_c, -128.0))
-    _store_rows(into_q, q_in, at, by, inside, kk, K)
-    _store_rows(into_a, a_in, at, by, inside, kk, K)
+    # 2. Decayed rows and their products, from the key channels a block at a time.
+    for block in range(0, K, BK):
+        kk = block + tl.arange(0, BK)
+        q_c, a_c = _load(q, at, by, inside, kk, K), _load(a, at, by, inside, kk, K)
+        b_c, k_c = _load(b, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
+        gk_c = _load(gk, at, by, inside, kk, K)
+        end = _channel_total(gk_c)
+        tl.store(total + (chunk * H + h) * K + kk, end, mask=kk < K)
+        if tl.min(end, 0) > -LIMIT:
+            sums = _sums_within(gk_c, i, PRECISION)
+            into_q, into_a = q_c * tl.exp(sums), a_c * tl.exp(_sums_before(gk_c, i, PRECISION))
+            out_b, out_k = b_c * tl.exp(-sums), k_c * tl.exp(-sums)
+            A += _dot(into_a, tl.trans(out_b), DOT, PRECISION)
+            E_c += _dot(into_a, tl.trans(out_k), DOT, PRECISION)
+            P_c += _dot(into_q, tl.trans(out_b), DOT, PRECISION)
+            R_c += _dot(into_q, tl.trans(out_k), DOT, PRECISION)
+            _store_rows(into_q, q_in, at, by, inside, kk, K)
+            _store_rows(into_a, a_in, at, by, inside, kk, K)
+            _store_rows(tl.exp(end)[None, :] * out_b, b_end, at, by, inside, kk, K)
+            _store_rows(tl.exp(end)[None, :] * out_k, k_end, at, by, inside, kk, K)
+        else:
+            sums, rest = _channel_sums(gk_c, False)[0], tl.exp(_channel_sums(gk_c, True)[0])
+            into_a = a_c * tl.exp(sums - tl.maximum(gk_c, -128.0))
+            _store_rows(q_c * tl.exp(sums), q_in, at, by, inside, kk, K)
+            _store_rows(into_a, a_in, at, by, inside, kk, K)
+            _store_rows(b_c * rest, b_end, at, by, inside, kk, K)
+            _store_rows(k_c * rest, k_end, at, by, inside, kk, K)
+            A += _columns(a_c, b_c, None, b, gk, at, first, length, i, kk, H, K, C, True)[0]
+            E_c += _columns(a_c, k_c, None, k, gk, at, first, length, i, kk, H, K, C, True)[0]
+            P_c += _columns(q_c, b_c, None, b, gk, at, first, length, i, kk, H, K, C)[0]
+            R_c += _columns(q_c, k_c, None, k, gk, at, first, length, i, kk, H, K, C)[0]
 
-    # 3. Products of rows.
-    if tl.min(end, 0) > -LIMIT:
-        out_b, out_k = tl.trans(b_c * tl.exp(-sums)), tl.trans(k_c * tl.exp(-sums))
-        A, E_c = _dot(into_a, out_b, DOT, PRECISION), _dot(into_a, out_k, DOT, PRECISION)
-        P_c, R_c = _dot(into_q, out_b, DOT, PRECISION), _dot(into_q, out_k, DOT, PRECISION)
-    else:
-        A = _columns(a_c, b_c, None, b, gk, at, first, length, i, kk, H, K, C, True)[0]
-        E_c = _columns(a_c, k_c, None, k, gk, at, first, length, i, kk, H, K, C, True)[0]
-        P_c = _columns(q_c, b_c, None, b, gk, at, first, length, i, kk, H, K, C)[0]
-        R_c = _columns(q_c, k_c, None, k, gk, at, first, length, i, kk, H, K, C)[0]
+    # 3. The matrices, and the inverse.
     below, up_to = i[:, None] > i[None, :], i[:, None] >= i[None, :]
     _store_rows(tl.where(below, E_c, 0.0), E, at, by, inside, i, C)
     _store_rows(tl.where(up_to, scale * P_c, 0.0), P, at, by, inside, i, C)
@@ -222,8 +235,7 @@ def inside(
     launch(
         _inside_kernel, (chunks.total * H,), q, k, a, b, gk, cu_seqlens, chunks.sequences,
         chunks.places, X, E, P, R, *rows, total, scale, T, H, N, chunks.each, K=K,
-        BK=max(16, triton.next_power_of_2(K)), C=chunks.size, LIMIT=LIMITS[dot], **DOTS[dot],
-        num_warps=4, num_stages=1,
+        BK=NARROWEST, C=chunks.size, LIMIT=LIMITS[dot], **DOTS[dot], num_warps=4, num_stages=1,
     )  # fmt: skip
     return Inside(*rows, total, X, E, P, R)
 

@@ -27,15 +27,19 @@ from flacompile.ops.kernels.columns import _columns, _passes_over
 from flacompile.ops.kernels.dplr import _backward_kernel, by_channel, inside, tiles
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import _carried, _place, _rows_of, chunks_of, states
+from flacompile.ops.kernels.states import _place, _rows_of, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
+    _carried,
     _channel_sums,
     _dot,
     _load,
     _load_state,
     _store_rows,
+    _sums_after,
+    _sums_before,
+    _sums_within,
     dot_of,
     key_tiles,
 )
@@ -70,59 +74,82 @@ def _keys_kernel(
     kk, vv = block * BK + tl.arange(0, BK), tl.arange(0, BV)
     if _passes_over(total, state, kk, K, LIMIT, STRONG):
         return
-    gk_c = tl.maximum(_load(gk, at, by, inside, kk, K), -128.0)
-    sums, end = _channel_sums(gk_c, False)
-    rest = tl.exp(_channel_sums(gk_c, True)[0])
+    gk_c = _load(gk, at, by, inside, kk, K)
+    if STRONG:
+        sums = _channel_sums(gk_c, False)[0]
+        early = sums - tl.maximum(gk_c, -128.0)
+    else:
+        sums, early = _sums_within(gk_c, i, PRECISION), _sums_before(gk_c, i, PRECISION)
 
-    # 2. From the states.
+    # 2. What stands inside the chunk.
+    below, up_to = i[:, None] > i[None, :], i[:, None] >= i[None, :]
     u_c, v_c = _load(u, at, by, inside, vv, V), _load(v, at, by, inside, vv, V)
     do_c, dr_c = _load(do, at, by, inside, vv, V), _load(dr, at, by, inside, vv, V)
-    S_c = tl.trans(_load_state(S, state, kk, vv, K, V))
-    dq_c = tl.exp(sums) * (scale * _dot(do_c, S_c, DOT, PRECISION))
-    da_c = tl.exp(sums - gk_c) * _dot(dr_c, S_c, DOT, PRECISION)
-    G_c = tl.trans(_load_state(G, state, kk, vv, K, V))
-    db_c = rest * _dot(u_c, G_c, DOT, PRECISION)
-    dk_c = rest * _dot(v_c, G_c, DOT, PRECISION)
-
-    # 3. From the rows of the chunk.
-    below, up_to = i[:, None] > i[None, :], i[:, None] >= i[None, :]
     A = scale * _products(do_c, u_c, up_to, DOT, PRECISION)
     B = scale * _products(do_c, v_c, up_to, DOT, PRECISION)
     E = _products(dr_c, u_c, below, DOT, PRECISION)
     F = _products(dr_c, v_c, below, DOT, PRECISION)
-    q_c, a_c = _load(q, at, by, inside, kk, K), _load(a, at, by, inside, kk, K)
+    A_turned, B_turned = tl.trans(A).to(DOT), tl.trans(B).to(DOT)
+    E_turned, F_turned = tl.trans(E).to(DOT), tl.trans(F).to(DOT)
+
+    # 3. dq and da, from the state and from the rows of the chunk.
+    S_c, G_c = _load_state(S, state, kk, vv, K, V), _load_state(G, state, kk, vv, K, V)
+    carried, S_c, G_c = _carried(S_c, G_c, BK, DOT, PRECISION), tl.trans(S_c), tl.trans(G_c)
     b_c, k_c = _load(b, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
-    carried = tl.exp(end) * _carried(S, G, state, kk, K, V) + tl.sum(b_c * db_c + k_c * dk_c, 0)
+    q_c, a_c = _load(q, at, by, inside, kk, K), _load(a, at, by, inside, kk, K)
+    dq_c = scale * _dot(do_c, S_c, DOT, PRECISION)
     if not STRONG:
-        out = tl.exp(-sums)
-        out_b, out_k = b_c * out, k_c * out
-        from_rows = _dot(A, out_b, DOT, PRECISION) + _dot(B, out_k, DOT, PRECISION)
-        dq_c += tl.exp(sums) * from_rows
-        from_rows = _dot(E, out_b, DOT, PRECISION) + _dot(F, out_k, DOT, PRECISION)
-        da_c += tl.exp(sums - gk_c) * from_rows
-        into_q, into_a = q_c * tl.exp(sums), a_c * tl.exp(sums - gk_c)
-        from_rows = _dot(tl.trans(A), into_q, DOT, PRECISION)
-        db_c += out * (from_rows + _dot(tl.trans(E), into_a, DOT, PRECISION))
-        from_rows = _dot(tl.trans(B), into_q, DOT, PRECISION)
-        dk_c += out * (from_rows + _dot(tl.trans(F), into_a, DOT, PRECISION))
+        out_b, out_k = (b_c * tl.exp(-sums)).to(DOT), (k_c * tl.exp(-sums)).to(DOT)
+        into_q, into_a = (q_c * tl.exp(sums)).to(DOT), (a_c * tl.exp(early)).to(DOT)
+        dq_c += _dot(A, out_b, DOT, PRECISION)
+        dq_c += _dot(B, out_k, DOT, PRECISION)
+        dq_c *= tl.exp(sums)
     else:
-        _0, x, y = _columns(q_c, b_c, A, b, gk, at, first, length, i, kk, H, K, C)
-        dq_c, db_c = dq_c + x, db_c + y
-        _0, x, y = _columns(q_c, k_c, B, k, gk, at, first, length, i, kk, H, K, C)
-        dq_c, dk_c = dq_c + x, dk_c + y
-        _0, x, y = _columns(a_c, b_c, E, b, gk, at, first, length, i, kk, H, K, C, True)
-        da_c, db_c = da_c + x, db_c + y
-        _0, x, y = _columns(a_c, k_c, F, k, gk, at, first, length, i, kk, H, K, C, True)
-        da_c, dk_c = da_c + x, dk_c + y
+        _0, dq_b, db_q = _columns(q_c, b_c, A, b, gk, at, first, length, i, kk, H, K, C)
+        _0, dq_k, dk_q = _columns(q_c, k_c, B, k, gk, at, first, length, i, kk, H, K, C)
+        dq_c = tl.exp(sums) * dq_c + dq_b + dq_k
     _store_rows(dq_c, dq, at, by, inside, kk, K)
+    change = q_c * dq_c
+    da_c = _dot(dr_c, S_c, DOT, PRECISION)
+    if not STRONG:
+        da_c += _dot(E, out_b, DOT, PRECISION)
+        da_c += _dot(F, out_k, DOT, PRECISION)
+        da_c *= tl.exp(early)
+    else:
+        _0, da_b, db_a = _columns(a_c, b_c, E, b, gk, at, first, length, i, kk, H, K, C, True)
+        _0, da_k, dk_a = _columns(a_c, k_c, F, k, gk, at, first, length, i, kk, H, K, C, True)
+        da_c = tl.exp(early) * da_c + da_b + da_k
     _store_rows(da_c, da, at, by, inside, kk, K)
+    own = a_c * da_c  # which the decay of the row does not reach
+
+    # 4. db and dk, in the same way.
+    end = tl.exp(tl.load(total + state * K + kk, mask=kk < K, other=0.0))
+    rest = tl.exp(-sums) if not STRONG else tl.exp(_channel_sums(gk_c, True)[0])
+    db_c = rest * _dot(u_c, G_c, DOT, PRECISION)
+    if not STRONG:
+        carried += tl.sum(b_c * db_c, 0)
+        db_c *= end[None, :]
+        db_c += rest * _dot(A_turned, into_q, DOT, PRECISION)
+        db_c += rest * _dot(E_turned, into_a, DOT, PRECISION)
+    else:
+        carried = end * carried + tl.sum(b_c * db_c, 0)
+        db_c += db_q + db_a
     _store_rows(db_c, db, at, by, inside, kk, K)
+    change -= b_c * db_c
+    dk_c = rest * _dot(v_c, G_c, DOT, PRECISION)
+    if not STRONG:
+        carried = end * (carried + tl.sum(k_c * dk_c, 0))
+        dk_c *= end[None, :]
+        dk_c += rest * _dot(B_turned, into_q, DOT, PRECISION)
+        dk_c += rest * _dot(F_turned, into_a, DOT, PRECISION)
+    else:
+        carried += tl.sum(k_c * dk_c, 0)
+        dk_c += dk_q + dk_a
     _store_rows(dk_c, dk, at, by, inside, kk, K)
 
-    # 4. What the decays get; that of a row does not reach its own a.
-    early = a_c * da_c
-    change = q_c * dq_c + early - b_c * db_c - k_c * dk_c
-    dg_c = tl.cumsum(change, 0, reverse=True) - early + carried[None, :]
+    # 5. What the decays get.
+    change -= k_c * dk_c
+    dg_c = _sums_after(change + own, i, DOT) - own + carried[None, :]
     _store_rows(dg_c, dgk, at, by, inside, kk, K)
 
 

@@ -82,7 +82,10 @@ def _keys_kernel(
     A_turned = tl.trans(A).to(DOT)
     if gk is not None:
         gk_c = _load(gk, at, by, inside, kk, K)
-        sums = _sums_within(gk_c, i, PRECISION, STRONG)
+        if STRONG:
+            sums = _channel_sums(gk_c, False)[0]
+        else:
+            sums = _sums_within(gk_c, i, PRECISION)
 
     # 3. dq, from the state and from the rows of the chunk.
     S_c = _load_state(S, state, kk, vv, K, V)
@@ -167,7 +170,7 @@ def _values_kernel(
         else:
             gk_c = _load(gk, at, by, inside, kk, K)
             if not STRONG:
-                sums = _sums_within(gk_c, i, PRECISION, STRONG)
+                sums = _sums_within(gk_c, i, PRECISION)
                 end = tl.load(total + (chunk * H + h) * K + kk, mask=kk < K, other=0.0)
                 k_out = k_c * tl.exp(-sums)
                 P += _dot(q_c * tl.exp(sums), tl.trans(k_out), DOT, PRECISION)

@@ -133,12 +133,21 @@ def _summed(keep, x, HALF: tl.constexpr):
 
 
 @triton.jit
-def _sums_within(g_c, i, PRECISION: tl.constexpr, STRONG: tl.constexpr):
-    """``_channel_sums`` up to each row, of decays that are mild unless STRONG."""
-    if PRECISION == "ieee" or STRONG:
+def _sums_within(g_c, i, PRECISION: tl.constexpr):
+    """Sums of the log decays of each channel up to each row, of a chunk that is not strong."""
+    if PRECISION == "ieee":
         return _channel_sums(g_c, False)[0]
     else:
-        return _summed(i[:, None] >= i[None, :], tl.maximum(g_c, -128.0), tl.float16)
+        return _summed(i[:, None] >= i[None, :], g_c, tl.float16)
+
+
+@triton.jit
+def _sums_before(g_c, i, PRECISION: tl.constexpr):
+    """``_sums_within`` of the rows before each."""
+    if PRECISION == "ieee":
+        return _channel_sums(g_c, False)[0] - g_c
+    else:
+        return _summed(i[:, None] > i[None, :], g_c, tl.float16)
 
 
 @triton.jit
