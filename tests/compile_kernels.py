@@ -206,7 +206,7 @@ def chunk_tiles(op, K, V, dot, arch):
         return meta, meta
     walks, gradients = BY_CHUNKS[op]
     meta = walks.tiles(K, V, dot, arch >= 90)
-    return meta, {"C": meta["C"]} | gradients.key_tiles(K, V)
+    return meta, {"C": meta["C"]} | tiles.key_tiles(K, V, dot)
 
 
 def states_variants(dtype, K, V, arch, full):
@@ -238,8 +238,8 @@ def inside_variants(op, dtype, K, V, arch, full):
     for decay in ("g", "gk") if full and op != "dplr" else ("gk",):
         types, size = chunk_types(op, dtype, decay), f"{decay}, {dtype}, {K}x{V}"
         if forward is not None:
-            meta = {"C": walks["C"], "num_warps": 2 if decay == "g" else 4, "num_stages": 1}
-            meta |= common | {"BK": width}
+            meta = {"C": walks["C"], "BK": tiles.NARROWEST, "num_warps": 4, "num_stages": 1}
+            meta |= common
             yield Variant(f"{op} inside, {size}", forward._inside_kernel, types, meta, arch)
         kernels = ("keys", "values") if op == "linear_attn" else ("keys",)
         kinds = ("", "strong, ") if full and decay == "gk" else ("",)

@@ -24,12 +24,11 @@ from flacompile.ops.kernels.columns import _between, _columns, _passes_over
 from flacompile.ops.kernels.delta import delta_rule_walk_back, tiles
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import _place, _rows_of, by_kind, chunks_of, states
+from flacompile.ops.kernels.states import _carried, _place, _rows_of, by_kind, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
     NARROWEST,
-    _carried,
     _channel_sums,
     _decay_sums,
     _dot,
@@ -102,7 +101,7 @@ def _keys_kernel(
     S_c = _load_state(S, state, kk, vv, K, V)
     G_c = _load_state(G, state, kk, vv, K, V)
     if g is not None or gk is not None:
-        carried = _carried(S_c, G_c, BK, DOT, PRECISION)
+        carried = _carried(S, G, S_c, G_c, state, kk, K, V, BK, DOT, PRECISION)
     q_c, S_c = _load(q, at, by, inside, kk, K), tl.trans(S_c)
     dq_c = scale * _dot(do_c, S_c, DOT, PRECISION)
     y_c = -_dot(dr_c, S_c, DOT, PRECISION)
@@ -187,7 +186,7 @@ def delta_rule_backward(
     dr, G, dstate = delta_rule_walk_back(
         q, k, decays, beta, do, dfinal, cu_seqlens, chunks, scale, meta, dot
     )
-    keys = {"C": meta["C"], **key_tiles(K, V)}
+    keys = {"C": meta["C"], **key_tiles(K, V, dot)}
     blocks = triton.cdiv(K, keys["BK"])
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dbeta = state.new_empty(blocks, B, T, H)

@@ -27,11 +27,10 @@ from flacompile.ops.kernels.columns import _columns, _passes_over
 from flacompile.ops.kernels.dplr import _backward_kernel, by_channel, inside, tiles
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import _place, _rows_of, chunks_of, states
+from flacompile.ops.kernels.states import _carried, _place, _rows_of, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
-    _carried,
     _channel_sums,
     _dot,
     _load,
@@ -94,7 +93,8 @@ def _keys_kernel(
 
     # 3. dq and da, from the state and from the rows of the chunk.
     S_c, G_c = _load_state(S, state, kk, vv, K, V), _load_state(G, state, kk, vv, K, V)
-    carried, S_c, G_c = _carried(S_c, G_c, BK, DOT, PRECISION), tl.trans(S_c), tl.trans(G_c)
+    carried = _carried(S, G, S_c, G_c, state, kk, K, V, BK, DOT, PRECISION)
+    S_c, G_c = tl.trans(S_c), tl.trans(G_c)
     b_c, k_c = _load(b, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
     q_c, a_c = _load(q, at, by, inside, kk, K), _load(a, at, by, inside, kk, K)
     dq_c = scale * _dot(do_c, S_c, DOT, PRECISION)
@@ -182,7 +182,7 @@ def dplr_backward(
         _backward_kernel, x.around(do), dfinal, cu_seqlens, chunks, (dr, dv, G), scale,
         q.shape[:2], meta | DOTS[dot],
     )  # fmt: skip
-    keys = {"C": meta["C"], **key_tiles(K, V)}
+    keys = {"C": meta["C"], **key_tiles(K, V, dot)}
     dq, dk, da, db = (torch.empty_like(x) for x in (q, k, a, b))
     dgk = torch.empty_like(gk)
     for strong in (False, True):

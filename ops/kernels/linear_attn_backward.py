@@ -25,12 +25,10 @@ from torch import Tensor
 from flacompile.ops.kernels.columns import _between, _columns, _passes_over
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import _place, _rows_of, by_kind, chunks_of, states
+from flacompile.ops.kernels.states import _carried, _place, _rows_of, by_kind, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
-    NARROWEST,
-    _carried,
     _channel_sums,
     _decay_sums,
     _dot,
@@ -40,6 +38,7 @@ from flacompile.ops.kernels.tiles import (
     _sums_after,
     _sums_within,
     dot_of,
+    key_tiles,
 )
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
@@ -91,7 +90,7 @@ def _keys_kernel(
     S_c = _load_state(S, state, kk, vv, K, V)
     D_c = _load_state(D, state, kk, vv, K, V)
     if g is not None or gk is not None:
-        carried = _carried(S_c, D_c, BK, DOT, PRECISION)
+        carried = _carried(S, D, S_c, D_c, state, kk, K, V, BK, DOT, PRECISION)
     dq_c = scale * _dot(do_c, tl.trans(S_c), DOT, PRECISION)
     q_c = _load(q, at, by, inside, kk, K)
     if gk is None:
@@ -193,10 +192,8 @@ def _values_kernel(
 
 def tiles(K: int, V: int, dot: str, hopper: bool) -> dict[str, int]:
     """Block sizes and warps: the tiles of a program are few enough for 99 KiB of shared memory."""
-    BK, BV = (max(NARROWEST, triton.next_power_of_2(n)) for n in (K, V))
-    C = 64 if dot == "bf16" and BV <= 128 and hopper else 32
-    BK = min(64 if BV <= 128 else 32, BK)
-    return {"BK": BK, "BV": BV, "C": C, "num_warps": 4 if BV <= 128 else 8, "num_stages": 1}
+    meta = key_tiles(K, V, dot)
+    return meta | {"C": 64 if dot == "bf16" and meta["BV"] <= 128 and hopper else 32}
 
 
 def linear_attn_backward(

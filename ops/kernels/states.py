@@ -66,14 +66,25 @@ def _rows_of(cu_seqlens, n, place, h, T, H, C: tl.constexpr):
 
 
 @triton.jit
-def _carried(S, D, index, kk, K: tl.constexpr, V: tl.constexpr):
-    """sum_v S D of two stored states, a few columns at a time: there are few registers."""
-    found = tl.sum(kk[:, None] * tl.zeros([1, PART], tl.float32), 1)
-    for columns in range(0, V, PART):
-        part = columns + tl.arange(0, PART)
-        S_c = _load_state(S, index, kk, part, K, V).to(tl.float32)
-        found += tl.sum(S_c * _load_state(D, index, kk, part, K, V).to(tl.float32), 1)
-    return found
+def _carried(
+    S, D, S_c, D_c, index, kk, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sum_v S D of two stored states, S_c and D_c: all products would not fit in registers.
+
+    In bf16 it is the diagonal of a dot; in fp32 they are read again, a few columns at a time.
+    """
+    if DOT == tl.bfloat16:
+        i = tl.arange(0, BK)
+        products = _dot(S_c, tl.trans(D_c), DOT, PRECISION)
+        return tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), 0)
+    else:
+        found = tl.sum(kk[:, None] * tl.zeros([1, PART], tl.float32), 1)
+        for columns in range(0, V, PART):
+            part = columns + tl.arange(0, PART)
+            S_p = _load_state(S, index, kk, part, K, V).to(tl.float32)
+            found += tl.sum(S_p * _load_state(D, index, kk, part, K, V).to(tl.float32), 1)
+        return found
 
 
 @triton.jit

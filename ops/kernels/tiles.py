@@ -33,10 +33,15 @@ def dot_of_sums(dot: str) -> str:
     return "tf32" if dot == "bf16" else dot
 
 
-def key_tiles(K: int, V: int) -> dict[str, int]:
-    """Block sizes and warps of the kernels of the keys' gradients, of delta_rule and dplr."""
+def key_tiles(K: int, V: int, dot: str) -> dict[str, int]:
+    """Block sizes and warps of the kernels of the keys' gradients.
+
+    Of spills: exact fp32 dots keep their factors in registers, tf32 ones all of a row's.
+    """
     BK, BV = (max(NARROWEST, triton.next_power_of_2(n)) for n in (K, V))
-    return {"BK": min(BK, 64 if BV <= 128 else 32), "BV": BV, "num_warps": 4, "num_stages": 1}
+    widest = 16 if dot == "ieee" else 64 if BV <= 128 else 32
+    warps = 4 if dot == "bf16" and BV <= 128 else 8
+    return {"BK": min(BK, widest), "BV": BV, "num_warps": warps, "num_stages": 1}
 
 
 @triton.jit
@@ -157,17 +162,6 @@ def _sums_after(x, i, DOT: tl.constexpr):
         return _summed(i[:, None] <= i[None, :], x, DOT)
     else:
         return tl.cumsum(x, 0, reverse=True)
-
-
-@triton.jit
-def _carried(S, D, BK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """sum_v S D of two states; on tensor cores, where the products would take many registers."""
-    if PRECISION == "ieee":
-        return tl.sum(S * D, 1)
-    else:
-        kk = tl.arange(0, BK)
-        products = _dot(S, tl.trans(D), DOT, PRECISION)
-        return tl.sum(tl.where(kk[:, None] == kk[None, :], products, 0.0), 0)
 
 
 @triton.jit
