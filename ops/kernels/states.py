@@ -25,13 +25,15 @@ from flacompile.ops.kernels.linear_attn import _join_kernel, num_segments
 from flacompile.ops.kernels.tiles import (
     DOTS,
     NARROWEST,
-    _channel_sums,
+    _channel_total,
     _decay_sums,
     _dot,
     _load,
     _load_state,
     _sequence,
     _store_state,
+    _sums_beyond,
+    _sums_within,
 )
 
 PART = tl.constexpr(16)
@@ -125,7 +127,12 @@ def _states_kernel(
             S *= tl.exp(hi_end + lo_end)
             sum_g += hi_end + lo_end
         if gk is not None:
-            w, end = _channel_sums(_load(gk, at, by, inside, kk, K), not BACK)
+            gk_c = _load(gk, at, by, inside, kk, K)
+            end = _channel_total(gk_c)
+            if BACK:
+                w = _sums_within(gk_c, i, PRECISION)
+            else:
+                w = _sums_beyond(gk_c, i, PRECISION)
             x_c = x_c.to(tl.float32) * tl.exp(w)
             S *= tl.exp(end)[:, None]
             sum_k += end

@@ -139,20 +139,29 @@ def _summed(keep, x, HALF: tl.constexpr):
 
 @triton.jit
 def _sums_within(g_c, i, PRECISION: tl.constexpr):
-    """Sums of the log decays of each channel up to each row, of a chunk that is not strong."""
+    """Sums of the log decays of each channel up to each row, to what a dot in PRECISION needs."""
     if PRECISION == "ieee":
         return _channel_sums(g_c, False)[0]
     else:
-        return _summed(i[:, None] >= i[None, :], g_c, tl.float16)
+        return _summed(i[:, None] >= i[None, :], tl.maximum(g_c, -128.0), tl.float16)
 
 
 @triton.jit
 def _sums_before(g_c, i, PRECISION: tl.constexpr):
     """``_sums_within`` of the rows before each."""
     if PRECISION == "ieee":
-        return _channel_sums(g_c, False)[0] - g_c
+        return _channel_sums(g_c, False)[0] - tl.maximum(g_c, -128.0)
     else:
-        return _summed(i[:, None] > i[None, :], g_c, tl.float16)
+        return _summed(i[:, None] > i[None, :], tl.maximum(g_c, -128.0), tl.float16)
+
+
+@triton.jit
+def _sums_beyond(g_c, i, PRECISION: tl.constexpr):
+    """``_sums_within`` of the rows after each."""
+    if PRECISION == "ieee":
+        return _channel_sums(g_c, True)[0]
+    else:
+        return _summed(i[:, None] < i[None, :], tl.maximum(g_c, -128.0), tl.float16)
 
 
 @triton.jit
