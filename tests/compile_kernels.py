@@ -204,8 +204,7 @@ def chunk_tiles(op, K, V, dot, arch):
     if op == "linear_attn":
         meta = linear_attn_backward.tiles(K, V, dot, arch >= 90)
         return meta, meta
-    walks, gradients = BY_CHUNKS[op]
-    meta = walks.tiles(K, V, dot, arch >= 90)
+    meta = BY_CHUNKS[op][0].tiles(K, V, dot, arch >= 90)
     return meta, {"C": meta["C"]} | tiles.key_tiles(K, V, dot)
 
 

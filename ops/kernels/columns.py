@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flacompile.ops.kernels.states import _place, _rows_of
 from flacompile.ops.kernels.tiles import _load_row
 
 
@@ -20,17 +21,28 @@ def _between(hi, lo, i):
 
 
 @triton.jit
-def _passes_over(total, index, kk, K: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr):
-    """Whether a chunk is not of the kind a launch is for.
+def _block_of(
+    cu_seqlens, sequences, places, total, T, H, N, CHUNKS,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr,
+):  # fmt: skip
+    """Chunk, head and block of key channels of a program, and whether it has nothing to do.
 
     A chunk is strong where some channel decays too fast to be factored. Column by column takes
-    registers that the other chunks need, so that a kernel is launched for either kind.
+    registers that the other chunks need, so that a kernel is launched for either kind, and passes
+    over the other. It passes over chunks of no sequence too.
     """
-    passes = False
+    NK: tl.constexpr = (K + BK - 1) // BK
+    block, owner = tl.program_id(0) % NK, tl.program_id(0) // NK
+    h, chunk = owner % H, (owner // H).to(tl.int64)
+    n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
+    passes = n >= N
+    first, length, i, at, by, inside = _rows_of(cu_seqlens, tl.minimum(n, N - 1), place, h, T, H, C)
+    index, kk = chunk * H + h, block * BK + tl.arange(0, BK)
     if total is not None:
-        lowest = tl.min(tl.load(total + index * K + kk, mask=kk < K, other=0.0), 0)
-        passes = (lowest <= -LIMIT) != STRONG
-    return passes
+        there = (kk < K) & (n < N)
+        lowest = tl.min(tl.load(total + index * K + kk, mask=there, other=0.0), 0)
+        passes = passes | ((lowest <= -LIMIT) != STRONG)
+    return block, index, passes, first, length, i, at, by, inside, kk
 
 
 @triton.jit

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flacompile.ops.kernels.columns import _between, _columns, _passes_over
+from flacompile.ops.kernels.columns import _between, _block_of, _columns
 from flacompile.ops.kernels.delta import delta_rule_walk_back, tiles
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import _carried, _place, _rows_of, by_kind, chunks_of, states
+from flacompile.ops.kernels.states import _carried, by_kind, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
@@ -52,25 +52,20 @@ def _keys_kernel(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and dgk of a block of channels, shares of dbeta and dg; the first block also dv."""
+    """dq, dk and dgk of a block of channels, shares of dbeta and dg, a share of dv's columns."""
     scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
-    NK: tl.constexpr = (K + BK - 1) // BK
-    block, owner = tl.program_id(0) % NK, tl.program_id(0) // NK
-    h, chunk = owner % H, (owner // H).to(tl.int64)
-    n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
-    if n >= N:
+    block, state, passes, first, length, i, at, by, inside, kk = _block_of(
+        cu_seqlens, sequences, places, total, T, H, N, CHUNKS, K, BK, C, LIMIT, STRONG
+    )
+    if passes:
         return
-    first, length, i, at, by, inside = _rows_of(cu_seqlens, n, place, h, T, H, C)
-    kk, vv = block * BK + tl.arange(0, BK), tl.arange(0, BV)
-    state = chunk * H + h
-    if _passes_over(total, state, kk, K, LIMIT, STRONG):
-        return
+    vv = tl.arange(0, BV)
     beta_c = tl.load(beta + at + by, mask=inside, other=0.0).to(tl.float32)
 
     # 2. What the values get: a share of their columns.
     dbeta_c = tl.zeros([C], tl.float32)
-    for column in range(block * PART, V, NK * PART):
+    for column in range(block * PART, V, PART * ((K + BK - 1) // BK)):
         part = column + tl.arange(0, PART)
         dr_p, v_p = _load(dr, at, by, inside, part, V), _load(v, at, by, inside, part, V)
         dbeta_c += tl.sum(dr_p.to(tl.float32) * v_p, 1)
@@ -87,15 +82,11 @@ def _keys_kernel(
         E *= _between(hi, lo, i)
     A = tl.where(i[:, None] >= i[None, :], A, 0.0)
     E = tl.where(i[:, None] > i[None, :], E, 0.0)
-    E_beta = beta_c[:, None] * E
-    A_turned, E_turned = tl.trans(A).to(DOT), tl.trans(E_beta).to(DOT)
+    A_turned, E_turned = tl.trans(A).to(DOT), tl.trans(beta_c[:, None] * E).to(DOT)
     k_c = _load(k, at, by, inside, kk, K)
     if gk is not None:
         gk_c = _load(gk, at, by, inside, kk, K)
-        if STRONG:
-            sums = _channel_sums(gk_c, False)[0]
-        else:
-            sums = _sums_within(gk_c, i, PRECISION)
+        sums = _channel_sums(gk_c, False)[0] if STRONG else _sums_within(gk_c, i, PRECISION)
 
     # 4. dq, from the state and from the rows of the chunk; then y.
     S_c = _load_state(S, state, kk, vv, K, V)
@@ -119,7 +110,8 @@ def _keys_kernel(
         dq_c, y_c = into * dq_c, into * y_c
     else:
         _P, dq_in, dk_in = _columns(q_c, k_c, A, k, gk, at, first, length, i, kk, H, K, C)
-        _P, y_in, _ = _columns(k_c, k_c, E, k, gk, at, first, length, i, kk, H, K, C)
+        k_beta = beta_c[:, None] * k_c
+        _P, y_in, dk_y = _columns(k_beta, k_c, E, k, gk, at, first, length, i, kk, H, K, C)
         dq_c, y_c = tl.exp(sums) * dq_c + dq_in, tl.exp(sums) * y_c + y_in
     _store_rows(dq_c, dq, at, by, inside, kk, K)
     read = k_c * y_c
@@ -146,9 +138,7 @@ def _keys_kernel(
         else:
             dk_c *= tl.exp(_channel_sums(gk_c, True)[0])
             carried = end * carried + tl.sum(k_c * dk_c, 0)
-            dk_c += dk_in
-            _P, _, dk_in = _columns(k_c, k_c, E_beta, k, gk, at, first, length, i, kk, H, K, C)
-            dk_c += dk_in
+            dk_c += dk_in + dk_y
     change -= k_c * dk_c
     _store_rows(dk_c + beta_c[:, None] * y_c, dk, at, by, inside, kk, K)
 

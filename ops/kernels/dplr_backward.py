@@ -23,11 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flacompile.ops.kernels.columns import _columns, _passes_over
+from flacompile.ops.kernels.columns import _block_of, _columns
 from flacompile.ops.kernels.dplr import _backward_kernel, by_channel, inside, tiles
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import _carried, _place, _rows_of, chunks_of, states
+from flacompile.ops.kernels.states import _carried, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
@@ -62,17 +62,12 @@ def _keys_kernel(
     """dq, dk, da, db and dgk of a block of channels."""
     scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
-    NK: tl.constexpr = (K + BK - 1) // BK
-    block, owner = tl.program_id(0) % NK, tl.program_id(0) // NK
-    h, chunk = owner % H, (owner // H).to(tl.int64)
-    n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
-    if n >= N:
+    _block, state, passes, first, length, i, at, by, inside, kk = _block_of(
+        cu_seqlens, sequences, places, total, T, H, N, CHUNKS, K, BK, C, LIMIT, STRONG
+    )
+    if passes:
         return
-    first, length, i, at, by, inside = _rows_of(cu_seqlens, n, place, h, T, H, C)
-    state = chunk * H + h
-    kk, vv = block * BK + tl.arange(0, BK), tl.arange(0, BV)
-    if _passes_over(total, state, kk, K, LIMIT, STRONG):
-        return
+    vv = tl.arange(0, BV)
     gk_c = _load(gk, at, by, inside, kk, K)
     if STRONG:
         sums = _channel_sums(gk_c, False)[0]

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flacompile.ops.kernels.columns import _between, _columns, _passes_over
+from flacompile.ops.kernels.columns import _between, _block_of, _columns
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
-from flacompile.ops.kernels.states import _carried, _place, _rows_of, by_kind, chunks_of, states
+from flacompile.ops.kernels.states import _carried, by_kind, chunks_of, states
 from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
@@ -57,17 +57,12 @@ def _keys_kernel(
     """
     scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
-    NK: tl.constexpr = (K + BK - 1) // BK
-    block, owner = tl.program_id(0) % NK, tl.program_id(0) // NK
-    h, chunk = owner % H, (owner // H).to(tl.int64)
-    n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
-    if n >= N:
+    block, state, passes, first, length, i, at, by, inside, kk = _block_of(
+        cu_seqlens, sequences, places, total, T, H, N, CHUNKS, K, BK, C, LIMIT, STRONG
+    )
+    if passes:
         return
-    first, length, i, at, by, inside = _rows_of(cu_seqlens, n, place, h, T, H, C)
-    kk, vv = block * BK + tl.arange(0, BK), tl.arange(0, BV)
-    state = chunk * H + h
-    if _passes_over(total, state, kk, K, LIMIT, STRONG):
-        return
+    vv = tl.arange(0, BV)
 
     # 2. What stands inside the chunk, and the decays.
     v_c, do_c = _load(v, at, by, inside, vv, V), _load(do, at, by, inside, vv, V)
@@ -81,10 +76,7 @@ def _keys_kernel(
     A_turned = tl.trans(A).to(DOT)
     if gk is not None:
         gk_c = _load(gk, at, by, inside, kk, K)
-        if STRONG:
-            sums = _channel_sums(gk_c, False)[0]
-        else:
-            sums = _sums_within(gk_c, i, PRECISION)
+        sums = _channel_sums(gk_c, False)[0] if STRONG else _sums_within(gk_c, i, PRECISION)
 
     # 3. dq, from the state and from the rows of the chunk.
     S_c = _load_state(S, state, kk, vv, K, V)
@@ -148,21 +140,19 @@ def _values_kernel(
     """dv, from the key channels a block at a time."""
     scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
-    h, chunk = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
-    n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
-    if n >= N:
+    _0, state, passes, first, length, i, at, by, inside, _kk = _block_of(
+        cu_seqlens, sequences, places, total, T, H, N, CHUNKS, K, ALL, C, LIMIT, STRONG
+    )
+    if passes:
         return
-    first, length, i, at, by, inside = _rows_of(cu_seqlens, n, place, h, T, H, C)
     vv = tl.arange(0, BV)
-    if _passes_over(total, chunk * H + h, tl.arange(0, ALL), K, LIMIT, STRONG):
-        return
     P, dv_c = tl.zeros([C, C], tl.float32), tl.zeros([C, BV], tl.float32)
 
     # 2. P, and what the state after the chunk gives.
     for block in range(0, K, BK):
         kk = block + tl.arange(0, BK)
         q_c, k_c = _load(q, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
-        D_c = _load_state(D, chunk * H + h, kk, vv, K, V)
+        D_c = _load_state(D, state, kk, vv, K, V)
         if gk is None:
             P += _dot(q_c, tl.trans(k_c), DOT, PRECISION)
             dv_c += _dot(k_c, D_c, DOT, PRECISION)
@@ -170,7 +160,7 @@ def _values_kernel(
             gk_c = _load(gk, at, by, inside, kk, K)
             if not STRONG:
                 sums = _sums_within(gk_c, i, PRECISION)
-                end = tl.load(total + (chunk * H + h) * K + kk, mask=kk < K, other=0.0)
+                end = tl.load(total + state * K + kk, mask=kk < K, other=0.0)
                 k_out = k_c * tl.exp(-sums)
                 P += _dot(q_c * tl.exp(sums), tl.trans(k_out), DOT, PRECISION)
                 dv_c += _dot(k_out * tl.exp(end)[None, :], D_c, DOT, PRECISION)

@@ -76,7 +76,7 @@ def _carried(
 
     In bf16 it is the diagonal of a dot; in fp32 they are read again, a few columns at a time.
     """
-    if DOT == tl.bfloat16:
+    if tl.bfloat16 == DOT:
         i = tl.arange(0, BK)
         products = _dot(S_c, tl.trans(D_c), DOT, PRECISION)
         return tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), 0)
@@ -129,10 +129,7 @@ def _states_kernel(
         if gk is not None:
             gk_c = _load(gk, at, by, inside, kk, K)
             end = _channel_total(gk_c)
-            if BACK:
-                w = _sums_within(gk_c, i, PRECISION)
-            else:
-                w = _sums_beyond(gk_c, i, PRECISION)
+            w = _sums_within(gk_c, i, PRECISION) if BACK else _sums_beyond(gk_c, i, PRECISION)
             x_c = x_c.to(tl.float32) * tl.exp(w)
             S *= tl.exp(end)[:, None]
             sum_k += end

@@ -167,7 +167,7 @@ def _sums_beyond(g_c, i, PRECISION: tl.constexpr):
 @triton.jit
 def _sums_after(x, i, DOT: tl.constexpr):
     """Sums of the rows of x from each row on."""
-    if DOT == tl.bfloat16:
+    if tl.bfloat16 == DOT:
         return _summed(i[:, None] <= i[None, :], x, DOT)
     else:
         return tl.cumsum(x, 0, reverse=True)
