@@ -22,27 +22,33 @@ def _between(hi, lo, i):
 
 @triton.jit
 def _block_of(
-    cu_seqlens, sequences, places, total, T, H, N, CHUNKS,
-    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr,
+    cu_seqlens, sequences, places, T, H, N, CHUNKS,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Chunk, head and block of key channels of a program, and whether it has nothing to do.
-
-    A chunk is strong where some channel decays too fast to be factored. Column by column takes
-    registers that the other chunks need, so that a kernel is launched for either kind, and passes
-    over the other. It passes over chunks of no sequence too.
-    """
+    """Chunk and head of a program, its block of key channels, and whether there is such a chunk."""
     NK: tl.constexpr = (K + BK - 1) // BK
     block, owner = tl.program_id(0) % NK, tl.program_id(0) // NK
     h, chunk = owner % H, (owner // H).to(tl.int64)
     n, place = _place(cu_seqlens, sequences, places, chunk, CHUNKS)
-    passes = n >= N
     first, length, i, at, by, inside = _rows_of(cu_seqlens, tl.minimum(n, N - 1), place, h, T, H, C)
-    index, kk = chunk * H + h, block * BK + tl.arange(0, BK)
+    kk = block * BK + tl.arange(0, BK)
+    return block, chunk * H + h, n < N, first, length, i, at, by, inside, kk
+
+
+@triton.jit
+def _passes_over(
+    total, index, there, kk, K: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr
+):
+    """Whether a chunk is not there, or not of the kind a launch is for.
+
+    A chunk is strong where some channel decays too fast to be factored. Column by column takes
+    registers that the other chunks need, so that a kernel is launched for either kind.
+    """
+    passes = there == 0
     if total is not None:
-        there = (kk < K) & (n < N)
-        lowest = tl.min(tl.load(total + index * K + kk, mask=there, other=0.0), 0)
-        passes = passes | ((lowest <= -LIMIT) != STRONG)
-    return block, index, passes, first, length, i, at, by, inside, kk
+        given = tl.load(total + index * K + kk, mask=there & (kk < K), other=0.0)
+        passes = passes | ((tl.min(given, 0) <= -LIMIT) != STRONG)
+    return passes
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flacompile.ops.kernels.columns import _between, _block_of, _columns
+from flacompile.ops.kernels.columns import _between, _block_of, _columns, _passes_over
 from flacompile.ops.kernels.delta import delta_rule_walk_back, tiles
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
@@ -55,10 +55,10 @@ def _keys_kernel(
     """dq, dk and dgk of a block of channels, shares of dbeta and dg, a share of dv's columns."""
     scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
-    block, state, passes, first, length, i, at, by, inside, kk = _block_of(
-        cu_seqlens, sequences, places, total, T, H, N, CHUNKS, K, BK, C, LIMIT, STRONG
+    block, state, there, first, length, i, at, by, inside, kk = _block_of(
+        cu_seqlens, sequences, places, T, H, N, CHUNKS, K, BK, C
     )
-    if passes:
+    if _passes_over(total, state, there, kk, K, LIMIT, STRONG):
         return
     vv = tl.arange(0, BV)
     beta_c = tl.load(beta + at + by, mask=inside, other=0.0).to(tl.float32)
@@ -115,7 +115,7 @@ def _keys_kernel(
         dq_c, y_c = tl.exp(sums) * dq_c + dq_in, tl.exp(sums) * y_c + y_in
     _store_rows(dq_c, dq, at, by, inside, kk, K)
     read = k_c * y_c
-    change = q_c * dq_c + beta_c[:, None] * read
+    change = q_c * dq_c + beta_c[:, None] * read  # of 2 beta k y one is in - k dk below
     dbeta_c += tl.sum(read, 1)
     tl.store(dbeta + block * ROWS + at + by, dbeta_c, mask=inside)
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flacompile.ops.kernels.columns import _block_of, _columns
+from flacompile.ops.kernels.columns import _block_of, _columns, _passes_over
 from flacompile.ops.kernels.dplr import _backward_kernel, by_channel, inside, tiles
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
@@ -62,10 +62,10 @@ def _keys_kernel(
     """dq, dk, da, db and dgk of a block of channels."""
     scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
-    _block, state, passes, first, length, i, at, by, inside, kk = _block_of(
-        cu_seqlens, sequences, places, total, T, H, N, CHUNKS, K, BK, C, LIMIT, STRONG
+    _block, state, there, first, length, i, at, by, inside, kk = _block_of(
+        cu_seqlens, sequences, places, T, H, N, CHUNKS, K, BK, C
     )
-    if passes:
+    if _passes_over(total, state, there, kk, K, LIMIT, STRONG):
         return
     vv = tl.arange(0, BV)
     gk_c = _load(gk, at, by, inside, kk, K)

@@ -12,7 +12,8 @@ of its first i rows and b_C of all, P_ij = e^{b_i - b_j} q_i . k_j and A_ij = do
 so that no sum runs over more than a chunk. dq, dk and dv carry the factor scale but for D, which
 has it. The states are found by ``states``.
 
-Grid: one program a (chunk, head), which goes through the key channels in blocks of BK.
+Grid: one program a (chunk, head, block of BK key channels); for dv one a (chunk, head), which goes
+through them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flacompile.ops.kernels.columns import _between, _block_of, _columns
+from flacompile.ops.kernels.columns import _between, _block_of, _columns, _passes_over
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.linear_attn import is_hopper
 from flacompile.ops.kernels.states import _carried, by_kind, chunks_of, states
@@ -57,10 +58,10 @@ def _keys_kernel(
     """
     scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
-    block, state, passes, first, length, i, at, by, inside, kk = _block_of(
-        cu_seqlens, sequences, places, total, T, H, N, CHUNKS, K, BK, C, LIMIT, STRONG
+    block, state, there, first, length, i, at, by, inside, kk = _block_of(
+        cu_seqlens, sequences, places, T, H, N, CHUNKS, K, BK, C
     )
-    if passes:
+    if _passes_over(total, state, there, kk, K, LIMIT, STRONG):
         return
     vv = tl.arange(0, BV)
 
@@ -140,10 +141,10 @@ def _values_kernel(
     """dv, from the key channels a block at a time."""
     scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
-    _0, state, passes, first, length, i, at, by, inside, _kk = _block_of(
-        cu_seqlens, sequences, places, total, T, H, N, CHUNKS, K, ALL, C, LIMIT, STRONG
+    _0, state, there, first, length, i, at, by, inside, channels = _block_of(
+        cu_seqlens, sequences, places, T, H, N, CHUNKS, K, ALL, C
     )
-    if passes:
+    if _passes_over(total, state, there, channels, K, LIMIT, STRONG):
         return
     vv = tl.arange(0, BV)
     P, dv_c = tl.zeros([C, C], tl.float32), tl.zeros([C, BV], tl.float32)
