@@ -68,6 +68,7 @@ def test_same_compiled_and_with_gradients(name, variant, dtype):
     def call(*args):
         return step(name)(*args[:-1], **OPS[name].options, state=args[-1])
 
+    torch._dynamo.reset()
     want, bound = truth(name, args), 4e-3 if dtype == torch.bfloat16 else 1e-6
     near(call(*args), want, bound)
     near(torch.compile(call, fullgraph=True)(*args), want, bound)

@@ -30,9 +30,12 @@ def joined() -> Iterator[None]:
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield
         return
-    if torch.accelerator.is_available():
+    backend = "gloo"
+    if accelerator := torch.accelerator.current_accelerator():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+        # What is not split yet is on the CPU.
+        backend = f"cpu:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
+    dist.init_process_group(backend)
     try:
         yield
     finally:

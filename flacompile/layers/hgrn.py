@@ -124,7 +124,8 @@ class ForgetMixer(RecurrentMixer):
     @torch.no_grad()
     def set_decay(self, half_life: Tensor) -> None:
         """Half-lives [n] in tokens of n equal runs of the channels of f, whatever the input."""
-        z = self.forget.logit(-math.log(2) / half_life.double())
+        half_life = half_life.to(self.f_proj.weight.device, torch.float64)
+        z = self.forget.logit(-math.log(2) / half_life)
         self.f_proj.weight.zero_()
         self.f_proj.bias.copy_(z.repeat_interleave(self.f_proj.out_features // len(z)))
 
