@@ -57,3 +57,21 @@ def test_every_variant_compiles_and_fits(tmp_path):
     for row in found:
         assert row["shared"] <= SHARED[row["arch"]], row
         assert row["stack"] <= most_stack(row["name"]), row
+
+
+READ = {
+    "q", "k", "v", "gk", "gv", "beta", "a", "b", "x", "A", "B", "C", "dt", "rate", "bias", "state",
+    "do", "dy", "dh", "dfinal", "S", "D", "G",
+}  # fmt: skip
+
+
+def test_compilers_take_no_input_for_written():
+    """Bounds of packs they do, which the ops copy for them (``define``)."""
+    script = Path(__file__).with_name("written_by_kernels.py")
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(found) > 25
+    for row in found:
+        assert row["written"] and not READ & set(row["written"]), row
