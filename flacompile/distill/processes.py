@@ -31,7 +31,7 @@ def joined() -> Iterator[None]:
         yield
         return
     backend = "gloo"
-    if accelerator := torch.accelerator.current_accelerator():
+    if accelerator := torch.accelerator.current_accelerator(check_available=True):
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         # What is not split yet is on the CPU.
         backend = f"cpu:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
@@ -120,7 +120,7 @@ def split(model: nn.Module) -> nn.Module:
 
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), 0)
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     mesh = init_device_mesh("cpu" if accelerator is None else accelerator.type, (size(),))
     body: Any = model.base_model
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
