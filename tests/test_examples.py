@@ -86,6 +86,13 @@ def test_demo(tmp_path, monkeypatch):
     model, tokenizer = read_model(str(TEACHER))
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
     monkeypatch.setattr(demo, "read_model", lambda path: (model, tokenizer))
+    run_package, written = demo.run_package, []
+
+    def recorded(*args):
+        written.append((len(args[1]), *run_package(*args)))
+        return written[0][1:]
+
+    monkeypatch.setattr(demo, "run_package", recorded)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(sys, "argv", ["demo.py", "--minutes", "0.02", "--out", str(tmp_path)])
     demo.main()
@@ -93,8 +100,12 @@ def test_demo(tmp_path, monkeypatch):
     assert re.search(r"Share closed: \*\*-?\d\.\d+\*\*", report)
     said = re.findall(r"\*\*(.*)\*\*\n\n> (.*)\n", report)
     assert [name for name, _ in said][-2:] == ["student", "package, without flacompile"]
-    for _, text in said[-2:]:  # further on rounding may decide a tie; the gate compares logits
-        assert text.startswith(f"<bos>{demo.PROMPTS['tiny'].strip()}")
+    ((start, ids, _),) = written
+    assert said[-1][1].strip() == tokenizer.decode(ids).splitlines()[0].strip()
+    with torch.no_grad():  # what the student would write, but for a tie that rounding decides
+        logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
+    assert len(ids) > start and (logits.amax(1) - chosen < 1e-3).all()
     assert (tmp_path / "model.pt2").exists() and (tmp_path / "losses.png").exists()
 
 
