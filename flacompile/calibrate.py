@@ -118,7 +118,8 @@ class HeadFit:
             self.power += torch.stack((rest.square().sum(), target.square().sum()))
 
     def finish(self) -> Errors:
-        """Sets the mixer to the best that the sums allow."""
+        """Sets the mixer to the best that the sums allow; they are small, and searched on a CPU."""
+        self.gram, self.right, self.power = self.gram.cpu(), self.right.cpu(), self.power.cpu()
         groups = self.mixer.decay_groups
         choice = [0] * len(groups)
         scales = torch.ones_like(self.right[: self.mixer.output_heads])
@@ -135,7 +136,7 @@ class HeadFit:
                     choice, scales, best, improved = trial, solved, error, True
         self._open(choice)
         if self.adjust:
-            self.mixer.scale_heads(scales)
+            self.mixer.scale_heads(scales.to(self.weight.device))
         return Errors(before, best)
 
     def _open(self, choice: list[int]) -> None:

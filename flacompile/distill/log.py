@@ -41,12 +41,17 @@ class Log:
         if events and self.speaks:  # those after ``step``, of a run that was killed, are void
             self.events = summary_writer()(events / stage, purge_step=step + 1)
         self.times = deque([time.perf_counter()], maxlen=RECENT + 1)
-        self.began = self.times[0]
+        self.began = self.ready = self.times[0]
 
     @property
     def elapsed(self) -> float:
         """Seconds since this process began the stage."""
         return self.times[-1] - self.began
+
+    @property
+    def trained(self) -> float:
+        """Seconds of the steps after the first, in which much is compiled."""
+        return self.times[-1] - self.ready
 
     @property
     def seconds_per_step(self) -> float:
@@ -58,6 +63,8 @@ class Log:
         if len(self.times) == 2 and self.times[0] == self.began:
             self.times.popleft()
         self.times.append(time.perf_counter())
+        if self.ready == self.began:
+            self.ready = self.times[-1]
         record = figures | {
             "tokens_per_s": round(self.tokens / self.seconds_per_step, 1),
             "memory_gib": round(memory(device), 3),

@@ -25,8 +25,9 @@ class Stage:
 
     Attributes:
         steps: optimizer steps; with ``minutes`` set, at most so many. 0 leaves the stage out.
-        minutes: wall time; the first few steps fix the number of steps, which a machine that slows
-            down shortens. None: ``steps`` alone decides, and runs repeat bit for bit.
+        minutes: wall time after the first step, in which much is compiled; the next few fix the
+            number of steps, which a machine that slows down shortens. None: ``steps`` alone
+            decides, and runs repeat bit for bit.
         mixer_lr: peak learning rate of the new mixers (AdamW).
         rest_lr: peak learning rate of everything else; 0 freezes it, which costs quality in any
             stage but align.

@@ -63,7 +63,7 @@ def fit(
             figures = {"loss": loss, "lr": optimizer.param_groups[0]["lr"], "norm": norm}
             log.step(run.step, run.steps[run.stage], figures, device)
             if stage.minutes and run.step - first >= PROBE:
-                left = stage.minutes * 60 - log.elapsed
+                left = stage.minutes * 60 - log.trained
                 fits = run.step + processes.of_the_first(max(0, int(left / log.seconds_per_step)))
                 if run.step == PROBE or fits < SLOWER * run.steps[run.stage]:
                     run.steps[run.stage] = min(run.steps[run.stage], fits)

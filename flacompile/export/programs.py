@@ -115,10 +115,13 @@ def capture(step: Step, name: str) -> ExportedProgram:
 
     A number of chunks that is one in the example would be specialised inside an op's body, where
     export does not look. So the example has more than two of the largest spans that the CPU form
-    folds. Every example is contiguous.
+    folds. On a GPU kernels are tried out on the example, which then has to fit into the states.
+    Every example is contiguous.
     """
     device, states = step.empty[0].device, step.begin(2)
     time = SPAN * 3 - 70 if name == "prefill" else 1
+    if device.type == "cuda" and step.max_length is not None:
+        time = min(time, step.max_length)
     ids = torch.ones(2, time, dtype=torch.long, device=device)
     sizes = {0: Dim.DYNAMIC} | ({1: Dim.DYNAMIC} if name == "prefill" else {})
     shapes = (sizes, tuple({0: Dim.DYNAMIC} for _ in states))

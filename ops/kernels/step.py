@@ -22,7 +22,7 @@ ROWS = 256  # of a state that registers hold
 
 @triton.jit
 def _kernel(
-    q, k, v, gk, gv, a, b, state, o, new, scale, K: tl.constexpr, V: tl.constexpr,
+    q, k, v, gk, gv, a, b, state, o, after, scale, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr,
 ):  # fmt: skip
     """GK and GV are how many decays a head has on either side: 1, or K and V."""
@@ -54,7 +54,7 @@ def _kernel(
             S += _load_row(b, head, here, kk, K)[:, None] * u[None, :]
         S += _load_row(k, head, here, kk, K)[:, None] * v_t[None, :]
         o_t += tl.sum(S * _load_row(q, head, here, kk, K)[:, None], 0)
-        _store_state(S, new, head, kk, vv, K, V)
+        _store_state(S, after, head, kk, vv, K, V)
     tl.store(o + head * V + vv, (scale * o_t).to(o.dtype.element_ty), mask=vv < V)
 
 
@@ -79,11 +79,11 @@ def step(
     """
     (B, H, K), V = q.shape, v.shape[-1]
     inputs = [x if x is None else x.contiguous() for x in (q, k, v, gk, gv, a, b, state)]
-    o, new = v.new_empty(B, H, V), state.new_empty(B, H, K, V)
+    o, after = v.new_empty(B, H, V), state.new_empty(B, H, K, V)
     meta = tiles(K, V) | {
         f"G{side}": 1 if g is None or g.ndim == 2 else g.shape[2]
         for side, g in (("K", gk), ("V", gv))
     }
     grid = (B * H * triton.cdiv(V, meta["BV"]),)
-    launch(_kernel, grid, *inputs, o, new, scale, K=K, V=V, **meta)
-    return o, new
+    launch(_kernel, grid, *inputs, o, after, scale, K=K, V=V, **meta)
+    return o, after
