@@ -209,11 +209,12 @@ def _rotated_first(rotary: Rotary.Config | None, kv_heads: int, dim: int) -> Ten
 
 
 def _factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest product up @ down of that rank, both of one size."""
+    """The nearest product up @ down of that rank, both of one size, on every device the same."""
     u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
     expect(rank <= len(s), "kv_lora_rank", f"at most {len(s)}", rank)
-    s = s[:rank].sqrt()
-    return (s[:, None] * v[:rank]).to(weight), (u[:, :rank] * s).to(weight)
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()[0]  # which a library leaves open
+    u, s, v = u[:, :rank] * signs[:rank], s[:rank].sqrt(), signs[:rank, None] * v[:rank]
+    return (s[:, None] * v).to(weight), (u * s).to(weight)
 
 
 def _with_bias(weights: AttentionWeights, name: str) -> Tensor:

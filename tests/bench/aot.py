@@ -154,10 +154,9 @@ def decode(rows: Rows, path: Path, batches: list[int]) -> None:
         rows.add("decode", batch=batch, **found)
 
 
-def cpp(rows: Rows, path: Path, folder: Path) -> None:
+def cpp(rows: Rows, path: Path, build: Path) -> None:
     cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
     flags = ["-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_PREFIX_PATH={torch.__path__[0]}"]
-    build = folder / "runner"
     for command in (
         [cmake, "-S", str(ROOT / "runner"), "-B", str(build), *flags],
         [cmake, "--build", str(build), "-j", str(os.cpu_count())],
@@ -283,6 +282,7 @@ def main() -> None:
     options.add_argument("--parts", default=",".join(PARTS))
     options.add_argument("--tiny", action="store_true", help="narrow layers, to try this out")
     options.add_argument("--package", type=Path, help="keep it here, and use it if it is there")
+    options.add_argument("--build", type=Path, help="keep the C++ runner here, and use it again")
     options.add_argument("--json", type=Path)
     options.add_argument("--plot", type=Path, help="of all that the JSON file has")
     options = options.parse_args()
@@ -298,14 +298,14 @@ def main() -> None:
         f"{where}, torch {torch.__version__}, {options.layers} layers, {options.dtype}", flush=True
     )
     with tempfile.TemporaryDirectory() as name:
-        folder, path = Path(name), options.package or Path(name) / "model.pt2"
+        path = options.package or Path(name) / "model.pt2"
         sizes = (options.layers, options.dtype)
         if not path.exists():
             export(rows, converted(options.mixer, *sizes, tiny=options.tiny).to(DEVICE), path)
         if "decode" in parts:
             decode(rows, path, batches)
         if "cpp" in parts:
-            cpp(rows, path, folder)
+            cpp(rows, path, options.build or Path(name) / "runner")
         if "context" in parts:
             context(rows, path, options.dtype, options.layers, options.tiny, contexts, batches[0])
         if "prefill" in parts:
