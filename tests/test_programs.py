@@ -4,6 +4,7 @@ from importlib import import_module
 from itertools import pairwise
 
 import pytest
+import sympy
 import torch
 from models import MODELS, llama
 from packages import mixed
@@ -14,6 +15,7 @@ import flacompile
 from flacompile import lm
 from flacompile.export.gate import compare, references
 from flacompile.export.programs import SPAN, Step, all_mixers, capture
+from flacompile.export.strides import remembered_strides
 from flacompile.layers import MIXERS
 from flacompile.passes.decompose import decompose
 from flacompile.passes.stream_weights import stream_weights
@@ -139,3 +141,15 @@ def test_attention_that_cannot_be_proved_is_refused():
     with pytest.raises(ValueError, match=message), all_mixers(model):
         pass
     assert not swapped(model)
+
+
+def test_strides_are_found_once():
+    """Of more expressions than Inductor's own cache holds."""
+    from torch._inductor.codegen import cpp
+
+    x, short = sympy.Symbol("x", integer=True), cpp.stride_at_vec_range
+    with remembered_strides():
+        for _ in range(2):
+            assert [cpp.stride_at_vec_range(i * x, x) for i in range(200)] == list(range(200))
+        assert cpp.stride_at_vec_range.cache_info().misses == 200
+    assert cpp.stride_at_vec_range is short

@@ -21,6 +21,7 @@ from flacompile import __version__, hf
 from flacompile.export.gate import LENGTHS, Reference, compare, load_programs, references
 from flacompile.export.processor import compile_options, instructions
 from flacompile.export.programs import Step, all_mixers, is_own, trace
+from flacompile.export.strides import remembered_strides
 from flacompile.files import write_atomically
 from flacompile.ops.validate import expect
 from flacompile.passes.stream_weights import stream_weights
@@ -90,9 +91,10 @@ def export(
         for name, program in programs.items():
             progress(name)
             args, kwargs = program.example_inputs  # type: ignore[misc]
-            files[name] = torch._inductor.aot_compile(
-                program.module(), args, kwargs, options=options
-            )
+            with remembered_strides():
+                files[name] = torch._inductor.aot_compile(
+                    program.module(), args, kwargs, options=options
+                )
 
         def write(temporary: Path) -> None:
             """The package, under a name of its own until it has passed its gate."""
