@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         "--keep-after", type=int, default=0, metavar="STEPS",
         help="of aligning all mixers before --keep chooses; default: it chooses at once",
     )  # fmt: skip
-    distill.add_argument("--minutes", type=float, help="of align and logits together, compiling aside")
+    distill.add_argument("--minutes", type=float, help="of align and logits, compiling aside")
     distill.add_argument("--align-steps", type=int, help="steps of align")
     distill.add_argument("--logits-steps", type=int, help="steps of logits")
     distill.add_argument("--batch-size", type=int, help="rows of a step")
