@@ -23,9 +23,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from flacompile import ops
 from flacompile.blocks import feature_map as feature_map_of
-from flacompile.layers.base import repeat_heads
 from flacompile.layers.based import taylor_features
 from flacompile.layers.rebased import square_features
+from flacompile.ops.heads import repeat_heads
 from flacompile.ops.validate import expect
 from flacompile.passes.masks import allowed, window_of
 from flacompile.passes.outline import behind

@@ -13,6 +13,7 @@ Every exponent is a sum of decays between two tokens, so none is positive, whate
 import torch.nn.functional as F
 from torch import Tensor
 
+from flacompile.ops.heads import repeat_heads
 from flacompile.ops.prefix import decayed_prefix, segment_sums
 
 CHUNK = 64
@@ -25,7 +26,7 @@ def chunked(
     """linear_attn in float32 (float64 for float64 inputs), linear in T.
 
     Args:
-        q, k: [B, T, H, K].
+        q, k: [B, T, G, K], each group for H / G heads.
         v: [B, T, H, V].
         gk: log decay of the key side, [B, T, H], [B, T, H, K] or None.
         gv: log decay of the value side, [B, T, H], [B, T, H, V] or None.
@@ -45,7 +46,7 @@ def chunked(
         x = F.pad(x.to(state.dtype), (0, 0, 0, 0, 0, num_chunks * chunk - time))
         return x.unflatten(1, (num_chunks, chunk)).permute(0, 3, 1, 2, 4)
 
-    q, k, v = split(q), split(k), split(v)
+    q, k, v = (split(repeat_heads(x, v.shape[2])) for x in (q, k, v))
     scalar = [g[..., None] for g in (gk, gv) if g is not None and g.ndim == 3]
     gk = gk if gk is not None and gk.ndim == 4 else None
     gv = gv if gv is not None and gv.ndim == 4 else None

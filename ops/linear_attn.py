@@ -2,10 +2,12 @@
 
     S_t = diag(e^gk_t) S_{t-1} diag(e^gv_t) + k_t v_t^T        o_t = scale q_t S_t
 
+q and k may be shared by heads, as Mamba-2's C and B: head h reads group h // (H / G) of G.
+
 The primitive behind linear attention (Katharopoulos et al. 2020), GLA (Yang et al. 2023), Mamba-2
 (Dao & Gu 2024), HGRN2, RWKV-6, ABC, Based, ReBased and LightNet. The backward is
 ``closed_backward`` on a CPU and for decays of value channels; else, on a GPU,
-``kernels/linear_attn_backward``.
+``kernels/linear_attn_backward``, or ``kernels/shared_heads`` where heads share q and k.
 """
 
 from typing import Any
@@ -17,6 +19,7 @@ from flacompile.ops import context
 from flacompile.ops.chunked import CHUNK, chunked
 from flacompile.ops.closed_backward import decay_gradient, gradients
 from flacompile.ops.define import define
+from flacompile.ops.heads import repeat_heads, sum_heads
 from flacompile.ops.start import filled
 from flacompile.ops.step import step
 from flacompile.ops.validate import check_linear_attn, check_log_decay
@@ -41,11 +44,11 @@ def linear_attn(
     Under autocast q, k and v are taken in the autocast dtype; sums are fp32 always.
 
     Args:
-        q, k: [B, T, H, K], one floating dtype for q, k and v.
+        q, k: [B, T, H, K], or [B, T, G, K] with G a divisor of H; one floating dtype for q, k, v.
         v: [B, T, H, V].
         gk: natural-log decay of the key side, <= 0, fp32: [B, T, H] (one number a head),
-            [B, T, H, K] or None (no decay).
-        gv: the same for the value side: [B, T, H], [B, T, H, V] or None.
+            [B, T, H, K] (where G is H) or None (no decay).
+        gv: the same for the value side: [B, T, H], [B, T, H, V] (where G is H) or None.
         scale: factor on the output; None is K^-0.5.
         state: the state before the first token, [N, H, K, V] fp32; None is zero. N is B, or the
             number of packed sequences.
@@ -94,7 +97,7 @@ def linear_attn_step(
     """One token of ``linear_attn``.
 
     Args:
-        q, k: [B, H, K].
+        q, k: [B, H, K] or [B, G, K].
         v: [B, H, V].
         gk: [B, H], [B, H, K] or None.
         gv: [B, H], [B, H, V] or None.
@@ -203,8 +206,10 @@ def linear_attn_backward(
     cu_seqlens: Tensor | None, scale: float, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of every input of the op, on a CPU."""
+    groups, (q, k) = q.shape[2], (repeat_heads(x, v.shape[2]) for x in (q, k))
     inputs = (q, k, v, gk, gv, state, cu_seqlens, scale, final, do, dfinal)
-    return gradients(_run_cpu, decay_gradient, *inputs)
+    dq, dk, *rest = gradients(_run_cpu, decay_gradient, *inputs)
+    return sum_heads(dq, groups), sum_heads(dk, groups), *rest
 
 
 def _backward_cuda(
@@ -217,11 +222,13 @@ def _backward_cuda(
 
         inputs = (q, k, v, gk, gv, state, cu_seqlens, scale, final, do, dfinal)
         return gradients(_run_cuda, kernels.decay_gradient, *inputs)
-    from flacompile.ops.kernels import linear_attn_backward as by_chunks
+    from flacompile.ops.kernels.linear_attn_backward import linear_attn_backward
+    from flacompile.ops.kernels.shared_heads import shared_heads_backward
 
+    by_chunks = linear_attn_backward if q.shape[2] == v.shape[2] else shared_heads_backward
     g = gk if gv is None else gv if gk is None else gk + (gv if gk.ndim == 3 else gv.unsqueeze(-1))
     dq, dk, dv, dg, dstate = gradients_by_parts(
-        by_chunks.linear_attn_backward, q, k, v, g, state, cu_seqlens, scale, do, dfinal
+        by_chunks, q, k, v, g, state, cu_seqlens, scale, do, dfinal
     )
     dgk, dgv = dstate.new_empty(0), dstate.new_empty(0)  # an op's outputs must not be one tensor
     if dg is not None and gv is not None:
@@ -261,8 +268,8 @@ def _backward_of_op(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None
 
 def _flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Multiply-adds of the recurrence, two each: k v^T and q S."""
-    batch, time, heads, key_dim = q
-    return 4 * batch * time * heads * key_dim * v[-1]
+    batch, time, heads, value_dim = v
+    return 4 * batch * time * heads * q[-1] * value_dim
 
 
 _forward.differentiate(_setup, _backward_of_op, _flops)

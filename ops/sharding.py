@@ -5,8 +5,8 @@ there; an input that lacks it is whole on every rank, and an output that lacks i
 such an input, a sum over the ranks. The axes that can be split are the batch, B, and the heads, H,
 or the channels, C: no element of another row or head is ever read. Any other split is gathered.
 
-A group of channels in ``selective_scan``, G, has an input for all of its channels: groups are split
-with their channels where they go evenly to the ranks, and are whole where there is but one.
+Channels or heads of a group, G, share an input. Groups are split with them where they go evenly to
+the ranks, or where each is of one head, and are whole where there is but one group.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.distributed.tensor.experimental import register_sharding
 
 # inputs -> outputs; a dot is no tensor
 AXES = {
-    "linear_attn_forward": "BTHK BTHK BTHV BTHK BTHV BHKV . . -> BTHV BHKV",
-    "linear_attn_backward": "BTHK BTHK BTHV BTHK BTHV BHKV . . BHKV BTHV BHKV"
-    " -> BTHK BTHK BTHV BTHK BTHV BHKV",
+    "linear_attn_forward": "BTGK BTGK BTHV BTHK BTHV BHKV . . -> BTHV BHKV",
+    "linear_attn_backward": "BTGK BTGK BTHV BTHK BTHV BHKV . . BHKV BTHV BHKV"
+    " -> BTGK BTGK BTHV BTHK BTHV BHKV",
     "delta_rule_forward": "BTHK BTHK BTHV BTHK BTH BHKV . . -> BTHV BHKV BTHV",
     "delta_rule_backward": "BTHK BTHK BTHV BTHK BTH BHKV . . BTHV BHKV BTHV BHKV"
     " -> BTHK BTHK BTHV BTHK BTH BHKV",
@@ -77,12 +77,15 @@ def rules(op: str, *args: Any) -> list[Rule]:
 
 def _channels(inputs: list[str], args: tuple[Any, ...]) -> list[str]:
     """The axes that are split with the heads or channels, if these can be."""
-    if "BTGN" not in inputs:
-        return ["H" if "H" in inputs[0] else "C"]
-    groups = args[inputs.index("BTGN")]
-    if groups.shape[2] == 1:
-        return ["C"]
-    return ["CG"] if groups.shape[2] % groups.mesh.size() == 0 else []
+    split = "H" if any("H" in axes for axes in inputs) else "C"
+    grouped = [x for axes, x in zip(inputs, args, strict=True) if "G" in axes]
+    if not grouped:
+        return [split]
+    groups = grouped[0].shape[2]
+    alone = split == "H" and groups == args[inputs.index("BTHV")].shape[2]
+    if groups == 1 and not alone:
+        return [split]
+    return [split + "G"] if alone or groups % grouped[0].mesh.size() == 0 else []
 
 
 def placed(args: tuple[Any, ...]) -> tuple[Any, ...] | list[Any]:

@@ -38,7 +38,7 @@ def linear_attn(
     D_t = diag(e^gk_{t+1}) D_{t+1} diag(e^gv_{t+1}) + k_t v_t^T, none at the last position.
 
     Args:
-        q, k: [B, T, H, K].
+        q, k: [B, T, G, K], each group for H / G heads.
         v: [B, T, H, V].
         gk: natural-log decay of the key dim, [B, T, H], or broadcastable to [B, T, H, K].
         gv: natural-log decay of the value dim, [B, T, H], or broadcastable to [B, T, H, V].
@@ -51,6 +51,7 @@ def linear_attn(
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
     gk, gv = _per_channel(gk, q), _per_channel(gv, q)
     B, T, H, K = q.shape
     S = q.new_zeros(B, H, K, v.shape[-1]) if state is None else state.to(dtype)

@@ -16,6 +16,6 @@ def filled(
     if state is None:
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         accumulator = torch.promote_types(q.dtype, torch.float32)
-        state = q.new_zeros(sequences, *q.shape[2:], v.shape[3], dtype=accumulator)
+        state = q.new_zeros(sequences, v.shape[2], q.shape[3], v.shape[3], dtype=accumulator)
     g = g if g is None else g.to(state.dtype)
     return g, state, q.shape[-1] ** -0.5 if scale is None else scale

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flacompile.ops.define import Op, define_cuda, needs_grad, on_plain_cuda
+from flacompile.ops.heads import repeat_heads
 
 Pair = tuple[Tensor, Tensor]
 
@@ -21,7 +22,8 @@ def step(
     """o and the next state.
 
     Args:
-        q, k, a, b: [B, H, K]. Without a there is no u, without b it is written at k.
+        q, k: [B, H, K], or [B, G, K], each for H / G heads.
+        a, b: [B, H, K]. Without a there is no u, without b it is written at k.
         v: [B, H, V].
         gk, gv: natural-log decays, [B, H], or [B, H, K] and [B, H, V].
         state: [B, H, K, V] fp32.
@@ -39,6 +41,7 @@ def _plain(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, a: Tensor | None,
     b: Tensor | None, state: Tensor, scale: float,
 ) -> Pair:  # fmt: skip
+    q, k = (repeat_heads(x[:, None], v.shape[1])[:, 0] for x in (q, k))
     q, k, values = (x.to(state.dtype)[..., None, :] for x in (q, k, v))  # rows
     u = None if a is None else a.to(state.dtype)[..., None, :] @ state
     if gk is not None:

@@ -24,27 +24,38 @@ def check_log_decay(name: str, g: Tensor | None) -> None:
         )
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q and k [B, T, H, K], v [B, T, H, V], one floating dtype, one device."""
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, shared: bool = False) -> None:
+    """q and k [B, T, H, K], v [B, T, H, V], one floating dtype, one device.
+
+    shared: q and k may have fewer heads, each for as many of v.
+    """
     expect(q.ndim == 4, "q", "shape [B, T, H, K]", tuple(q.shape))
     expect(q.is_floating_point(), "q", "a floating dtype", q.dtype)
     check_shape("k", k, tuple(q.shape))
     expect(v.ndim == 4, "v", "shape [B, T, H, V]", tuple(v.shape))
-    check_shape("v", v, (*q.shape[:3], v.shape[3]))
+    groups, heads = q.shape[2], v.shape[2]
+    if shared:
+        expect(groups > 0 and heads % groups == 0, "v", f"heads by the {groups} of q", heads)
+    check_shape("v", v, (*q.shape[:2], heads if shared else groups, v.shape[3]))
     for name, x in (("k", k), ("v", v)):
         expect(x.dtype == q.dtype, name, f"the dtype of q, {q.dtype}", x.dtype)
         expect(x.device == q.device, name, f"the device of q, {q.device}", x.device)
     expect(q.device.type in ("cpu", "cuda"), "q", "a CPU or CUDA tensor", q.device)
 
 
-def check_decay(name: str, g: Tensor | None, like: Tensor) -> None:
-    """A log decay: one number a head, or one a channel of ``like`` [B, T, H, X]."""
+def check_decay(name: str, g: Tensor | None, v: Tensor, dim: int | None) -> None:
+    """A log decay: one number a head of v [B, T, H, V], or one of each of ``dim`` channels.
+
+    No dim: heads share q and k, and have one number each.
+    """
     if g is None:
         return
-    shapes = tuple(like.shape[:3]), tuple(like.shape)
-    expect(tuple(g.shape) in shapes, name, f"shape {shapes[0]} or {shapes[1]}", tuple(g.shape))
+    heads = tuple(v.shape[:3])
+    channels = "where heads share q and k" if dim is None else f"or {(*heads, dim)}"
+    fits = tuple(g.shape) in (heads, (*heads, dim))
+    expect(fits, name, f"shape {heads} {channels}", tuple(g.shape))
     expect(g.is_floating_point(), name, "a floating dtype", g.dtype)
-    expect(g.device == like.device, name, f"the device of q, {like.device}", g.device)
+    expect(g.device == v.device, name, f"the device of q, {v.device}", g.device)
 
 
 def check_sequences(
@@ -86,10 +97,11 @@ def check_linear_attn(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Everything ``linear_attn`` can know without reading a value."""
-    check_qkv(q, k, v)
-    check_decay("gk", gk, q)
-    check_decay("gv", gv, v)
-    check_sequences(q, state, cu_seqlens, (q.shape[2], q.shape[3], v.shape[3]))
+    check_qkv(q, k, v, shared=True)
+    shared = q.shape[2] != v.shape[2]
+    check_decay("gk", gk, v, None if shared else q.shape[3])
+    check_decay("gv", gv, v, None if shared else v.shape[3])
+    check_sequences(q, state, cu_seqlens, (v.shape[2], q.shape[3], v.shape[3]))
 
 
 def check_first(name: str, x: Tensor, axes: str) -> None:
@@ -173,7 +185,7 @@ def check_dplr(
     check_qkv(q, k, v)
     for name, x in low_rank.items():
         check_like(name, x, tuple(q.shape), "q", q)
-    check_decay("g", g, q)
+    check_decay("g", g, v, q.shape[3])
     check_sequences(q, state, cu_seqlens, (q.shape[2], q.shape[3], v.shape[3]))
 
 

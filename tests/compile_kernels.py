@@ -31,6 +31,7 @@ from flacompile.ops.kernels import (
     running_softmax,
     scan,
     selective_scan,
+    shared_heads,
     states,
     step,
     ternary,
@@ -88,7 +89,7 @@ def linear_attn_variant(decay, dtype, K, V, arch, reverse):
         types |= {"cu_seqlens": "*i64", "o": "*fp32"}
     dot = tiles.dot_of_sums(DTYPES[dtype]) if reverse else DTYPES[dtype]
     meta = linear_attn.tiles(K, V, len({"gk", "gv"} & {*given}), dot, arch >= 90)
-    constants = dict(K=K, V=V, REVERSE=reverse, LIMIT=60.0, **meta, **tiles.DOTS[dot])
+    constants = dict(K=K, V=V, REVERSE=reverse, SHARE=1, LIMIT=60.0, **meta, **tiles.DOTS[dot])
     name = f"linear_attn, {decay}{', reverse' if reverse else ''}, {dtype}, {K}x{V}"
     return Variant(name, kernel, types, constants, arch)
 
@@ -211,7 +212,7 @@ def chunk_tiles(op, K, V, dot, arch):
 def states_variants(dtype, K, V, arch, full):
     """With two writes, or of one in either direction and the first pass over segments."""
     dot = DTYPES[dtype]
-    constants = {"K": K, "V": V, "BACK": False, **states.tiles(dot), **tiles.DOTS[dot]}
+    constants = {"K": K, "V": V, "BACK": False, "SHARE": 1, **states.tiles(dot), **tiles.DOTS[dot]}
     two = constants | {"C": dplr.tiles(K, V, dot, arch >= 90)["C"]}
     constants["C"] = delta.tiles(K, V, dot, arch >= 90)["C"]
     types, size = chunk_types("", dtype, "gk"), f"{dtype}, {K}x{V}"
@@ -248,6 +249,20 @@ def inside_variants(op, dtype, K, V, arch, full):
             yield Variant(f"{op} {kernel}, {strong}{size}", function, types, meta, arch)
 
 
+def shared_heads_variants():
+    """Gradients where heads share q and k, of decays and packed."""
+    for dtype, arch, shape in (("bf16", 90, 0), ("bf16", 80, 2), ("fp16", 80, 2), ("fp32", 80, 0)):
+        (K, V), dot = SHAPES[shape], DTYPES[dtype]
+        types = chunk_types("", dtype, "g") | typed("cu_seqlens sequences places", "*i64")
+        types |= typed("do_", f"*{dtype}") | typed("dq dk", "*fp32") | typed("PARTS EACH", "i32")
+        constants = {"K": K, "V": V, "SHARE": 16, "PER": shared_heads.PER, **tiles.DOTS[dot]}
+        constants |= linear_attn_backward.tiles(K, V, dot, arch >= 90)
+        for kernel, more in (("keys", shared_heads.KEYS), ("values", {})):
+            function = getattr(shared_heads, f"_{kernel}_kernel")
+            name = f"shared heads {kernel}, {dtype}, {K}x{V}"
+            yield Variant(name, function, types, constants | more, arch)
+
+
 def walk_variants(op, dtype, K, V, arch, full):
     """The walk of an op in either direction, and the first one, which finds how states move."""
     dot = DTYPES[dtype]
@@ -280,9 +295,9 @@ def ternary_variants():
 def step_variants():
     """Both forms of a write, and a state of more rows than registers hold."""
     types = dict.fromkeys("qkvabo", "*bf16") | {"scale": SCALE}
-    types |= dict.fromkeys(("state", "new", "gk"), "*fp32")
+    types |= dict.fromkeys(("state", "after", "gk"), "*fp32")
     for form, missing, K in (("linear", "ab", 2145), ("delta", "b", 128), ("dplr", "", 256)):
-        constants = {"K": K, "V": 128, "GK": K, "GV": 1, **step.tiles(K, 128)}
+        constants = {"K": K, "V": 128, "GK": K, "GV": 1, "SHARE": 1, **step.tiles(K, 128)}
         given = {n: t for n, t in types.items() if n not in missing}
         yield Variant(f"step, {form}, {K}", step._kernel, given, constants)
 
@@ -307,6 +322,7 @@ VARIANTS = (
     scan_variants,
     selective_scan_variants,
     chunk_variants,
+    shared_heads_variants,
     running_softmax_variants,
     step_variants,
     ternary_variants,

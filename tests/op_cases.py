@@ -42,15 +42,15 @@ class Draw:
     def decay(self, *shape: int) -> Tensor:
         return -self.strength * (self.at_tokens(*shape).abs() + 1e-3)
 
-    def of_kind(self, kind: str | None, dim: int) -> Tensor | None:
-        shapes = {"head": (2,), "channel": (2, dim)}
+    def of_kind(self, kind: str | None, dim: int, heads: int = 2) -> Tensor | None:
+        shapes = {"head": (heads,), "channel": (heads, dim)}
         return None if kind is None else self.decay(*shapes[kind])
 
 
-def linear_attn(draw: Draw, gk: str | None, gv: str | None) -> Args:
+def linear_attn(draw: Draw, gk: str | None, gv: str | None, heads: int = 2) -> Args:
     q, k = draw.at_tokens(2, draw.key), draw.at_tokens(2, draw.key)
-    v = draw.at_tokens(2, draw.value)
-    return [q, k, v, draw.of_kind(gk, draw.key), draw.of_kind(gv, draw.value)]
+    v = draw.at_tokens(heads, draw.value)
+    return [q, k, v, draw.of_kind(gk, draw.key, heads), draw.of_kind(gv, draw.value, heads)]
 
 
 def delta_rule(draw: Draw, kind: str | None) -> Args:
@@ -103,11 +103,12 @@ class Op(NamedTuple):
 
     def state(self, args: Args, draw: Draw, batch: int | None = None) -> Tensor:
         batch = draw.rows[0] if batch is None else batch
-        if self.names[0] == "q":
-            return draw.normal(batch, 2, draw.key, draw.value)
-        shapes = {"g": (draw.key,), "u": (draw.key, draw.value)}
-        weight = args[1]
+        weight, v = args[1], args[2] if len(args) > 2 else None
         assert weight is not None
+        if self.names[0] == "q":
+            assert v is not None
+            return draw.normal(batch, v.shape[2], draw.key, draw.value)
+        shapes = {"g": (draw.key,), "u": (draw.key, draw.value)}
         return draw.normal(batch, *shapes.get(self.names[0], (weight.shape[1] - 1, draw.key)))
 
 
@@ -117,7 +118,8 @@ NARROW = ((64, 16), (100, 8))
 OPS = {
     "linear_attn": Op(
         ("q", "k", "v", "gk", "gv"),
-        {f"{i}-{j}": lambda d, i=i, j=j: linear_attn(d, i, j) for i, j in product(KINDS, KINDS)},
+        {"2 groups": lambda d: linear_attn(d, "head", None, 6)}
+        | {f"{i}-{j}": lambda d, i=i, j=j: linear_attn(d, i, j) for i, j in product(KINDS, KINDS)},
         SCALE,
         decays=("gk", "gv"),
     ),

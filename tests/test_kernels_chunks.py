@@ -16,7 +16,7 @@ from op_cases import (
     weighting,
 )
 
-from flacompile.ops.kernels import linear_attn, walk
+from flacompile.ops.kernels import linear_attn, shared_heads, walk
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -24,7 +24,7 @@ NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="interpreted 
 GPU = (pytest.mark.gpu, NO_CUDA)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DECAYS = {
-    "linear_attn": ["None-None", "head-None", "channel-None"],
+    "linear_attn": ["None-None", "head-None", "channel-None", "2 groups"],
     "delta_rule": ["None", "head", "channel"],
     "dplr": ["None", "head", "channel"],
 }
@@ -102,7 +102,7 @@ def test_large_states(device, name, variant):
     check(name, draw(name, variant, 20, 136, 16, device=device))
 
 
-@pytest.mark.parametrize("variant", DECAYS["linear_attn"])
+@pytest.mark.parametrize("variant", DECAYS["linear_attn"][:3])
 def test_odd_widths(device, variant):
     """Rows that begin anywhere, and one value more than a tile has."""
     check("linear_attn", draw("linear_attn", variant, 20, 21, 129, device=device))
@@ -124,6 +124,14 @@ def test_segments(device, monkeypatch, name, variant, bounds):
     monkeypatch.setattr(linear_attn, "SHORTEST", 20)
     assert linear_attn.num_segments(6, 63, walk.FEWEST) == 3
     check(name, args, bounds)
+
+
+@pytest.mark.parametrize(("programs", "parts"), [(1, 1), (9, 2)])
+def test_heads_of_a_group_in_parts(device, monkeypatch, programs, parts):
+    """A program sums over all three heads of a group, or over two where another has the third."""
+    monkeypatch.setattr(shared_heads, "PROGRAMS", programs)
+    assert shared_heads.parts_of(4, 3) == parts
+    check("linear_attn", draw("linear_attn", "2 groups", 40, 16, 16, device=device))
 
 
 @over_strong

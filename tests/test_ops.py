@@ -24,8 +24,9 @@ from flacompile.passes.decompose import decompose
 
 CASES = [(name, variant) for name, op in OPS.items() for variant in op.variants]
 over_cases = pytest.mark.parametrize(("name", "variant"), CASES)
-over_ops = pytest.mark.parametrize(
-    ("name", "variant"), [(n, next(iter(o.variants))) for n, o in OPS.items()]
+over_ops = pytest.mark.parametrize(  # linear_attn with heads that share q and k, and without
+    ("name", "variant"),
+    [(n, v) for n, o in OPS.items() for v in [*o.variants][: 2 if n == "linear_attn" else 1]],
 )
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 over_devices = pytest.mark.parametrize(
@@ -352,3 +353,21 @@ def test_bad_input_is_named(name, variant):
         assert key in str(raised.value), (key, raised.value)
     with pytest.raises(ValueError, match="a batch of 1"):
         function(name)(**{**named, "state": None}, cu_seqlens=torch.tensor([0, 9]))
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("v", (1, 9, 5, 4), "v: expected heads by the 2 of q, got 5"),
+        ("k", (1, 9, 3, 4), r"k: expected shape \(1, 9, 2, 4\), got \(1, 9, 3, 4\)"),
+        ("gk", (1, 9, 2), r"gk: expected shape \(1, 9, 6\) where heads share q and k, got"),
+        ("gk", (1, 9, 6, 4), r"gk: expected shape \(1, 9, 6\) where heads share q and k, got"),
+        ("gv", (1, 9, 6, 4), r"gv: expected shape \(1, 9, 6\) where heads share q and k, got"),
+        ("state", (1, 2, 4, 4), r"state: expected shape \(1, 6, 4, 4\), got \(1, 2, 4, 4\)"),
+    ],
+)
+def test_heads_that_share_q_and_k(key, shape, message):
+    q = torch.ones(1, 9, 2, 4)
+    named = {"q": q, "k": q, "v": torch.ones(1, 9, 6, 4), key: -torch.ones(shape)}
+    with pytest.raises(ValueError, match=message):
+        function("linear_attn")(**named)

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flacompile.blocks import RMSNorm, Rotary
-from flacompile.layers.base import RecurrentMixer, Tokens, repeat_heads
+from flacompile.layers.base import RecurrentMixer, Tokens
 from flacompile.layers.qkv import QKVMixer
 from flacompile.ops import linear_attn, linear_attn_step
+from flacompile.ops.heads import repeat_heads
 from flacompile.running_softmax import RunningSoftmax, without_padding
 
 if TYPE_CHECKING:

@@ -358,9 +358,3 @@ def in_order(
     y, state = sequence(x, state, Tokens.of(x, seen, lengths, None))
     y = tokens_at(y, target)
     return torch.where(mask[..., None], y, 0.0), state
-
-
-def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
-    """[B, T, H_kv, ...] -> [B, T, H, ...], each head H / H_kv times in a row."""
-    groups = num_heads // x.shape[2]
-    return x.unsqueeze(3).expand(*x.shape[:3], groups, *x.shape[3:]).flatten(2, 3)

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flacompile.blocks import RMSNorm, activation, at_least_fp32, inverse_softplus, l2norm
-from flacompile.layers.base import RecurrentMixer, Tokens, repeat_heads
+from flacompile.layers.base import RecurrentMixer, Tokens
 from flacompile.layers.qkv import QKVMixer
 from flacompile.ops import delta_rule, delta_rule_step
+from flacompile.ops.heads import repeat_heads
 from flacompile.ops.validate import check_shape, expect
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flacompile.blocks import RMSNorm, activation, at_least_fp32, low_rank
-from flacompile.layers.base import RecurrentMixer, Tokens, repeat_heads
+from flacompile.layers.base import RecurrentMixer, Tokens
 from flacompile.layers.qkv import QKVMixer
+from flacompile.ops.heads import repeat_heads
 from flacompile.ops.validate import check_shape
 
 if TYPE_CHECKING:

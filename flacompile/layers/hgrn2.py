@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 
 from flacompile.blocks import RMSNorm, activation
-from flacompile.layers.base import Tokens, repeat_heads
+from flacompile.layers.base import Tokens
 from flacompile.layers.hgrn import ForgetMixer
 from flacompile.layers.qkv import QKVMixer
+from flacompile.ops.heads import repeat_heads
 from flacompile.ops.validate import check_shape, expect
 
 if TYPE_CHECKING:

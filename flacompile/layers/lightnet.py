@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flacompile.blocks import RMSNorm, low_rank
-from flacompile.layers.base import RecurrentMixer, Tokens, repeat_heads
+from flacompile.layers.base import RecurrentMixer, Tokens
 from flacompile.layers.qkv import QKVMixer
 from flacompile.ops import linear_attn, linear_attn_step
+from flacompile.ops.heads import repeat_heads
 from flacompile.ops.validate import expect
 from flacompile.running_softmax import RunningSoftmax, without_padding
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from flacompile.blocks import RMSNorm, at_least_fp32, feature_map
-from flacompile.layers.base import RecurrentMixer, Tokens, repeat_heads
+from flacompile.layers.base import RecurrentMixer, Tokens
 from flacompile.layers.qkv import QKVMixer
+from flacompile.ops.heads import repeat_heads
 from flacompile.ops.validate import check_shape, expect
 
 if TYPE_CHECKING:

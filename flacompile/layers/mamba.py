@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flacompile.blocks import at_least_fp32
-from flacompile.layers.base import Tokens, repeat_heads
+from flacompile.layers.base import Tokens
 from flacompile.layers.ssm import StateSpaceMixer
 from flacompile.ops import selective_scan, selective_scan_step
+from flacompile.ops.heads import repeat_heads
 from flacompile.ops.validate import expect
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flacompile.blocks import at_least_fp32
-from flacompile.layers.base import Tokens, repeat_heads
+from flacompile.layers.base import Tokens
 from flacompile.layers.ssm import StateSpaceMixer
+from flacompile.ops.heads import repeat_heads
 from flacompile.ops.validate import expect
 
 if TYPE_CHECKING:
@@ -84,12 +85,14 @@ class Mamba2(StateSpaceMixer):
     def project(
         self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """C, B, dt x and dt A of all heads, then x and, for a gate, z; dt is zero at padding."""
+        """C, B of groups, dt x and dt A of heads, then x and, for a gate, z; dt is 0 at padding."""
         *z, xBC, dt = self.in_proj(x).split([width for width in self.parts if width], -1)
         xBC, conv = self.convolve(xBC, conv, tokens)
         u, B, C = xBC.split(self.streams, -1)
-        heads = u.unflatten(-1, (-1, self.config.head_dim)), *self.by_groups(B, C, tokens)
-        u, B, C = (repeat_heads(i, self.num_heads) for i in heads)
+        u = repeat_heads(u.unflatten(-1, (-1, self.config.head_dim)), self.num_heads)
+        B, C = self.by_groups(B, C, tokens)
+        if B.shape[2] != C.shape[2]:
+            B, C = (repeat_heads(i, self.num_heads) for i in (B, C))
         dt = F.softplus(at_least_fp32(dt) + self.dt_bias).clamp(*self.config.dt_limit)
         dt = tokens.zero_padding(dt)
         decay = -dt * at_least_fp32(self.A_log).exp()

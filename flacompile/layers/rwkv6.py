@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flacompile.blocks import activation, at_least_fp32, token_shift
-from flacompile.layers.base import Tokens, repeat_heads
+from flacompile.layers.base import Tokens
 from flacompile.layers.rwkv import LowRank, RWKVAttention, bonus
 from flacompile.ops import context, linear_attn, linear_attn_step
+from flacompile.ops.heads import repeat_heads
 
 if TYPE_CHECKING:
     from flacompile.passes.sites import AttentionWeights

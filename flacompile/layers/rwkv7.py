@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from flacompile.blocks import at_least_fp32, l2norm, token_shift
-from flacompile.layers.base import RecurrentState, Tokens, in_order, repeat_heads
+from flacompile.layers.base import RecurrentState, Tokens, in_order
 from flacompile.layers.rwkv import LowRank, RWKVAttention, bonus
 from flacompile.ops import dplr, dplr_step
+from flacompile.ops.heads import repeat_heads
 from flacompile.ops.validate import check_shape, expect
 
 if TYPE_CHECKING:

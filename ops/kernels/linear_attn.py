@@ -3,10 +3,11 @@
 S_t = diag(e^gk_t) S_{t-1} diag(e^gv_t) + k_t v_t^T,   o_t = scale * q_t S_t
 
 Grid: one program a (sequence, segment, head, block of BV value channels), the value blocks of a
-head next to each other so that they share q and k in cache. A program walks its rows in chunks of C
-and holds its [BK, BV] tile of the state in fp32, so that every byte is moved once. Row p of a
-sequence is token p, or with REVERSE token (length - 1 - p) with the decay of the token after it:
-the same program then runs time backwards, which makes the backward three calls of it.
+head next to each other so that they share q and k in cache, as SHARE heads in a row do. A program
+walks its rows in chunks of C and holds its [BK, BV] tile of the state in fp32, so that every byte
+is moved once. Row p of a sequence is token p, or with REVERSE token (length - 1 - p) with the decay
+of the token after it: the same program then runs time backwards, which makes the backward three
+calls of it.
 
 A decay a channel has a kernel of its own, in ``diagonal``.
 
@@ -52,7 +53,7 @@ SHORTEST = 512  # rows of a segment; in a shorter one a second read of k and v d
 def _scalar_kernel(
     q, k, v, g, state, cu_seqlens, o, ends, final_state, total, scale, T, H, SEGMENT, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, SHARE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """No decay (g None) or one decay a token and head: it factors out of every dot product.
 
@@ -75,7 +76,7 @@ def _scalar_kernel(
     for first in range(begin, tl.minimum(begin + SEGMENT, length), C):
         # 2. Load the chunk.
         at, by, later, inside, g_inside = _rows(first, i, start, length, h, H, REVERSE)
-        k_c = _load(k, at, by, inside, kk, K)
+        k_c = _load(k, at // SHARE, by // SHARE, inside, kk, K)
         v_c = _load(v, at, by, inside, vv, V)
         if g is not None:
             hi, lo, _, _, hi_end, lo_end = _decay_sums(g, at + later, by, g_inside)
@@ -83,7 +84,7 @@ def _scalar_kernel(
 
         if o is not None:
             # 3. Scores inside the chunk, and the read of the state before it; both decayed.
-            q_c = _load(q, at, by, inside, kk, K)
+            q_c = _load(q, at // SHARE, by // SHARE, inside, kk, K)
             A = _dot(q_c, tl.trans(k_c), DOT, PRECISION)
             o_c = _dot(q_c, S, DOT, PRECISION)
             lower = i[:, None] >= i[None, :]
@@ -204,7 +205,8 @@ def linear_attn_forward(
     """Run the kernel the decays call for.
 
     Args:
-        q, k: [B, T, H, K], k and v in q's or any other float dtype.
+        q, k: [B, T, H, K], or [B, T, G, K] with decays of heads; k and v in q's or any other float
+            dtype.
         v: [B, T, H, V].
         gk: fp32 natural-log decay, [B, T, H] or [B, T, H, K].
         gv: fp32 natural-log decay, [B, T, H] or [B, T, H, V].
@@ -219,8 +221,8 @@ def linear_attn_forward(
     Returns:
         o [B, T, H, V] and the state after the last row taken [N, H, K, V] fp32.
     """
-    B, T, H, K = q.shape
-    V = v.shape[-1]
+    B, T, H, V = v.shape
+    K = q.shape[-1]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     scalars = [g for g in (gk, gv) if g is not None and g.ndim == 3]
     g = sum(scalars[1:], scalars[0]).contiguous() if scalars else None
@@ -236,7 +238,7 @@ def linear_attn_forward(
         dot = dot_of_sums(dot) if o.dtype == torch.float32 else dot
     meta = tiles(K, V, diagonals, dot, is_hopper(v.device))
     meta |= {"K": K, "V": V, "REVERSE": reverse, **DOTS[dot]}
-    meta |= {"LIMIT": LIMITS[dot]} if diagonals else {}
+    meta |= {"LIMIT": LIMITS[dot]} if diagonals else {"SHARE": H // q.shape[2]}
     kernel, decays = (_diagonal_kernel, (g, gk, gv)) if diagonals else (_scalar_kernel, (g,))
     programs = N * H * triton.cdiv(V, meta["BV"])
     segments = num_segments(programs, T)

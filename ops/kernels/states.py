@@ -94,9 +94,12 @@ def _states_kernel(
     x, y, x2, y2, g, gk, state, cu_seqlens, offsets, states, decays, ends, final, total, total_k,
     scale, T, H, CHUNKS, SEGMENT, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    BACK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BACK: tl.constexpr, SHARE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Without states only the end of each segment is found, and the segment's log decay."""
+    """Without states only the end of each segment is found, and the segment's log decay.
+
+    SHARE heads in a row have one x.
+    """
     scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns: SEGMENT chunks, as they come in the direction of the walk.
     NK: tl.constexpr = (K + BK - 1) // BK
@@ -119,7 +122,8 @@ def _states_kernel(
         if states is not None:
             _store_state(S, states, (base + chunk) * H + h, kk, vv, K, V)
         at, by, inside = (start + chunk * C) * H + h, i * H, chunk * C + i < length
-        x_c, y_c = _load(x, at, by, inside, kk, K), _load(y, at, by, inside, vv, V)
+        x_c = _load(x, at // SHARE, by // SHARE, inside, kk, K)
+        y_c = _load(y, at, by, inside, vv, V)
         if g is not None:
             hi, lo, _, _, hi_end, lo_end = _decay_sums(g, at, by, inside)
             w = (hi + lo) if BACK else (hi_end - hi) + (lo_end - lo)
@@ -217,7 +221,7 @@ def states(
     """The states between chunks, the last one, and with decays a channel those of each chunk.
 
     Args:
-        x: [B, T, H, K], y: [B, T, H, V].
+        x: [B, T, H, K], or with decays of heads [B, T, G, K]; y: [B, T, H, V].
         g: fp32 natural-log decay, [B, T, H], [B, T, H, K] or None.
         state: [N, H, K, V] fp32, before the first token, or with ``back`` after the last.
         cu_seqlens: [N + 1] bounds of packed sequences or None.
@@ -230,13 +234,14 @@ def states(
     Returns:
         [chunks, H, K, V] in bf16 or fp32, [N, H, K, V] fp32, and log decays [chunks, H, K] or None.
     """
-    H, K = x.shape[2:]
-    T, N, V = x.shape[1], state.shape[0], y.shape[3]
+    N, H, K, V = state.shape
+    T = x.shape[1]
     kept = torch.bfloat16 if dot == "bf16" else torch.float32
     found = x.new_empty(chunks.total, H, K, V, dtype=kept)
     final = torch.empty_like(state)
     decays = by_kind(g)
-    meta = {"K": K, "V": V, "C": chunks.size, "BACK": back, **tiles(dot), **DOTS[dot]}
+    meta = {"K": K, "V": V, "C": chunks.size, "BACK": back, "SHARE": H // x.shape[2]}
+    meta |= {**tiles(dot), **DOTS[dot]}
     blocks = triton.cdiv(K, meta["BK"]) * triton.cdiv(V, meta["BV"])
     segments = num_segments(N * H * blocks // LIGHT, T)
     length = triton.cdiv(chunks.each, segments)

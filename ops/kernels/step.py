@@ -23,9 +23,12 @@ ROWS = 256  # of a state that registers hold
 @triton.jit
 def _kernel(
     q, k, v, gk, gv, a, b, state, o, after, scale, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
-    """GK and GV are how many decays a head has on either side: 1, or K and V."""
+    """GK and GV are how many decays a head has on either side: 1, or K and V.
+
+    SHARE heads in a row have one q and k.
+    """
     scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     NV: tl.constexpr = (V + BV - 1) // BV
     head = (tl.program_id(0) // NV).to(tl.int64)
@@ -52,8 +55,8 @@ def _kernel(
             S *= tl.exp(_load_row(gv, head, here, vv if GV > 1 else vv * 0, GV))[None, :]
         if b is not None:
             S += _load_row(b, head, here, kk, K)[:, None] * u[None, :]
-        S += _load_row(k, head, here, kk, K)[:, None] * v_t[None, :]
-        o_t += tl.sum(S * _load_row(q, head, here, kk, K)[:, None], 0)
+        S += _load_row(k, head // SHARE, here, kk, K)[:, None] * v_t[None, :]
+        o_t += tl.sum(S * _load_row(q, head // SHARE, here, kk, K)[:, None], 0)
         _store_state(S, after, head, kk, vv, K, V)
     tl.store(o + head * V + vv, (scale * o_t).to(o.dtype.element_ty), mask=vv < V)
 
@@ -71,16 +74,18 @@ def step(
     """o [B, H, V] in the dtype of v, and the next state.
 
     Args:
-        q, k, a, b: [B, H, K]; without b, u is written at k.
+        q, k: [B, G, K], each for H / G heads.
+        a, b: [B, H, K]; without b, u is written at k.
         v: [B, H, V].
         gk, gv: natural-log decays, [B, H], or [B, H, K] and [B, H, V].
         state: [B, H, K, V] fp32.
         scale: factor of the output.
     """
-    (B, H, K), V = q.shape, v.shape[-1]
+    (B, H, V), K = v.shape, q.shape[-1]
     inputs = [x if x is None else x.contiguous() for x in (q, k, v, gk, gv, a, b, state)]
     o, after = v.new_empty(B, H, V), state.new_empty(B, H, K, V)
-    meta = tiles(K, V) | {
+    meta = {"SHARE": H // q.shape[1], **tiles(K, V)}
+    meta |= {
         f"G{side}": 1 if g is None or g.ndim == 2 else g.shape[2]
         for side, g in (("K", gk), ("V", gv))
     }

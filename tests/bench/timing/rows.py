@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,12 +50,7 @@ def dplr(d: Draw) -> list[Tensor]:
 
 def mamba2(f: Callable[..., Any]) -> Callable[..., Any]:
     """One group of B and C for all heads, [B, T, 1, N]; x is dt x and g is dt A."""
-
-    def run(C: Tensor, B: Tensor, x: Tensor, g: Tensor) -> Any:
-        heads = x.shape[2]
-        return f(C.expand(-1, -1, heads, -1), B.expand(-1, -1, heads, -1), x, g, scale=1.0)
-
-    return run
+    return partial(f, scale=1.0)
 
 
 def selective(d: Draw) -> list[Tensor]:
