@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flacompile
 from flacompile.data import read
-from flacompile.distill import DataOptions, Recipe, Stage, objectives, train
+from flacompile.distill import DataOptions, Recipe, Stage, objectives
 from flacompile.files import write_atomically
 from flacompile.passes.swap_attention import routed, student_state, swapped
 
@@ -350,22 +350,6 @@ def test_handwritten_model_is_told_what_it_lacks(tmp_path):
     model = flacompile.convert(case.model, "gla", example_inputs=case.inputs)
     with pytest.raises(ValueError, match=r"expected a language model with get_output_embeddings"):
         flacompile.distill(model, stream(), TINY, out=tmp_path)
-
-
-def test_a_time_limit_begins_after_the_first_step(tmp_path, monkeypatch):
-    """Which takes longer than the limit here, as one that compiles does."""
-    gradients = train.gradients
-
-    def slow(objective, reader, step, device):
-        time.sleep(0.02 if step else 0.6)
-        return gradients(objective, reader, step, device)
-
-    monkeypatch.setattr(train, "gradients", slow)
-    off = Stage(steps=0)
-    recipe = dataclasses.replace(TINY, align=Stage(steps=999, minutes=0.4 / 60), logits=off)
-    flacompile.distill(student(), stream(), recipe, out=tmp_path)
-    steps = len((tmp_path / "log.jsonl").read_text().splitlines())
-    assert train.PROBE < steps < 22
 
 
 def test_diverging_run_stops(tmp_path):

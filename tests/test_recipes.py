@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,15 @@ from transformers import AutoModelForCausalLM
 
 import flacompile
 from flacompile.data import Batch, Corpus, Reader
-from flacompile.distill import PRESETS, DataOptions, Recipe, Stage, frozen_teacher, read_recipe
+from flacompile.distill import (
+    PRESETS,
+    DataOptions,
+    Recipe,
+    Stage,
+    frozen_teacher,
+    read_recipe,
+    train,
+)
 from flacompile.distill.checks import check_packs
 from flacompile.distill.optimizer import make_optimizer, rate
 from flacompile.distill.recipe_file import write_recipe
@@ -329,3 +338,18 @@ def test_compiled_run_is_the_eager_one(tmp_path, monkeypatch):
     assert counters["stats"]["unique_graphs"] >= 2 and not counters["graph_break"]
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
     assert not any(m._compiled_call_impl for m in model.modules())
+
+
+def test_a_time_limit_begins_after_the_first_step(tmp_path, monkeypatch):
+    """Which takes longer than the limit here, as one that compiles does."""
+    gradients = train.gradients
+
+    def slow(objective, reader, step, device):
+        time.sleep(0.02 if step else 0.6)
+        return gradients(objective, reader, step, device)
+
+    monkeypatch.setattr(train, "gradients", slow)
+    recipe = dataclasses.replace(ALIGN, align=Stage(steps=999, minutes=0.4 / 60))
+    flacompile.distill(student(), stream(), recipe, out=tmp_path)
+    steps = len((tmp_path / "log.jsonl").read_text().splitlines())
+    assert train.PROBE < steps < 22
