@@ -9,8 +9,9 @@ order, each printed as it comes and then written to the JSON file, to which runs
     export   seconds, errors of the gate, size of the package
     decode   greedy tokens/s of the Python runner; with a CUDA graph, and without
     cpp      tokens/s of the C++ runner, and whether its tokens are the Python runner's
-    context  tokens/s and memory after as many tokens; the Transformer has a static cache, is
-             compiled and, on CUDA, launched as a graph too. Its keys and values are zeros.
+    context  tokens/s and memory after as many tokens
+    softmax  the same of the Transformer, which has a static cache, is compiled and, on CUDA,
+             launched as a graph too. Its keys and values are zeros.
     prefill  tokens/s of the package and of the compiled model
 """
 
@@ -40,7 +41,7 @@ from flacompile.runner import DecodeGraph, Package, generate
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PARTS = ("export", "decode", "cpp", "context", "prefill")
+PARTS = ("export", "decode", "cpp", "context", "softmax", "prefill")
 STEPS = 64  # tokens of which the time is taken
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -173,9 +174,7 @@ def cpp(rows: Rows, path: Path, build: Path) -> None:
 
 
 @torch.inference_mode()
-def context(
-    rows: Rows, path: Path, dtype: str, layers: int, tiny: bool, contexts: list[int], batch: int
-) -> None:
+def context(rows: Rows, path: Path, contexts: list[int], batch: int) -> None:
     free = memory_in_use()
     package = Package(path)
     for tokens in contexts:
@@ -191,9 +190,12 @@ def context(
             decode=tokens_per_second(step, batch), prefill=batch * tokens / seconds,
         )  # fmt: skip
         del prompt, states, step
-    del package
+
+
+@torch.inference_mode()
+def softmax(rows: Rows, model: Any, contexts: list[int], batch: int) -> None:
     free = memory_in_use()
-    model = transformer(layers, dtype, tiny=tiny).to(DEVICE)
+    model = model.to(DEVICE)
     for tokens in contexts:
         _transformer_at(rows, model, tokens, batch, free)
 
@@ -300,14 +302,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         path = options.package or Path(name) / "model.pt2"
         sizes = (options.layers, options.dtype)
-        if not path.exists():
+        if not path.exists() and parts != ["softmax"]:
             export(rows, converted(options.mixer, *sizes, tiny=options.tiny).to(DEVICE), path)
         if "decode" in parts:
             decode(rows, path, batches)
         if "cpp" in parts:
             cpp(rows, path, options.build or Path(name) / "runner")
         if "context" in parts:
-            context(rows, path, options.dtype, options.layers, options.tiny, contexts, batches[0])
+            context(rows, path, contexts, batches[0])
+        if "softmax" in parts:
+            softmax(rows, transformer(*sizes, tiny=options.tiny), contexts, batches[0])
         if "prefill" in parts:
             model = converted(options.mixer, *sizes, tiny=options.tiny).to(DEVICE)
             prefill(rows, path, model, min(contexts))
