@@ -6,7 +6,7 @@ q and k may be shared by heads, as Mamba-2's C and B: head h reads group h // (H
 
 The primitive behind linear attention (Katharopoulos et al. 2020), GLA (Yang et al. 2023), Mamba-2
 (Dao & Gu 2024), HGRN2, RWKV-6, ABC, Based, ReBased and LightNet. The backward is
-``closed_backward`` on a CPU and for decays of value channels; else, on a GPU,
+``closed_backward`` on a CPU and for decays a channel on both sides; else, on a GPU,
 ``kernels/linear_attn_backward``, or ``kernels/shared_heads`` where heads share q and k.
 """
 
@@ -216,12 +216,22 @@ def _backward_cuda(
     q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
     cu_seqlens: Tensor | None, scale: float, final: Tensor, do: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """By chunks, where no decay is one of the value channels; else by calls of the forward."""
-    if gv is not None and gv.ndim == 4:
-        from flacompile.ops.kernels import decay_gradient as kernels
+    """By chunks, where one side at most has a decay a channel; else by calls of the forward."""
+    inputs = (q, k, v, gk, gv, state, cu_seqlens, scale, final, do, dfinal)
+    if gv is None or gv.ndim == 3:
+        return _backward_of_keys(*inputs)
+    if gk is None or gk.ndim == 3:
+        return _backward_of_values(*inputs)
+    from flacompile.ops.kernels import decay_gradient as kernels
 
-        inputs = (q, k, v, gk, gv, state, cu_seqlens, scale, final, do, dfinal)
-        return gradients(_run_cuda, kernels.decay_gradient, *inputs)
+    return gradients(_run_cuda, kernels.decay_gradient, *inputs)
+
+
+def _backward_of_keys(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, final: Tensor, do: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of decays of the key side and of heads."""
     from flacompile.ops.kernels.linear_attn_backward import linear_attn_backward
     from flacompile.ops.kernels.shared_heads import shared_heads_backward
 
@@ -236,6 +246,23 @@ def _backward_cuda(
     if dg is not None and gk is not None:
         dgk = dg
     return dq, dk, dv, dgk, dgv, dstate
+
+
+def _backward_of_values(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor, state: Tensor,
+    cu_seqlens: Tensor | None, scale: float, final: Tensor, do: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of decays of the value side, which is the key side of the transposed state.
+
+    do reads v and k there, so that its own gradient is o, and q's is what it reads.
+    """
+    g, start = gv if gk is None else gv + gk.unsqueeze(-1), state.mT.contiguous()
+    dq, _ = _run_cuda(do, v, k, g, None, start, cu_seqlens, scale, False, q.dtype)
+    _o, dv, dk, dgv, _, dstate = _backward_of_keys(
+        do, v, k, g, None, start, cu_seqlens, scale, final, q, dfinal.mT.contiguous()
+    )
+    dgk = dgv.new_empty(0) if gk is None else dgv.sum(-1)
+    return dq, dk, dv, dgk, dgv, dstate.mT.contiguous()
 
 
 def _backward_fake(

@@ -28,8 +28,10 @@ DECAYS = {
     "delta_rule": ["None", "head", "channel"],
     "dplr": ["None", "head", "channel"],
 }
+OF_VALUES = [("linear_attn", kind) for kind in ("None-channel", "head-channel")]
 over_cases = pytest.mark.parametrize(
-    ("name", "variant"), [(name, kind) for name, kinds in DECAYS.items() for kind in kinds]
+    ("name", "variant"),
+    [(name, kind) for name, kinds in DECAYS.items() for kind in kinds] + OF_VALUES,
 )
 over_kernels = pytest.mark.parametrize(  # dplr has one for every kind of decay
     ("name", "variant"),
@@ -37,7 +39,8 @@ over_kernels = pytest.mark.parametrize(  # dplr has one for every kind of decay
 )
 over_strong = pytest.mark.parametrize(
     ("name", "variant"),
-    [(n, kind) for n, kinds in DECAYS.items() for kind in kinds[2 if n == "dplr" else 1 :]],
+    [(n, kind) for n, kinds in DECAYS.items() for kind in kinds[2 if n == "dplr" else 1 :]]
+    + OF_VALUES[:1],
 )
 over_channels = pytest.mark.parametrize(
     ("name", "variant"), [(name, kinds[2]) for name, kinds in DECAYS.items()]
@@ -144,7 +147,8 @@ def test_strong_decay(device, name, variant):
 def test_strong_decay_does_not_blur_the_weak_ones_after_it(device, name, variant):
     """Neither of its chunk nor of the chunks after it, which are factored."""
     args = draw(name, variant, 40, 16, 16, strength=0.01, device=device)
-    args[3][:, :10:9], args[3][:, 4], args[3][:, 14] = -100.0, 0.0, -torch.inf
+    g = args[4] if args[3] is None else args[3]
+    g[:, :10:9], g[:, 4], g[:, 14] = -100.0, 0.0, -torch.inf
     check(name, args)
 
 
