@@ -179,7 +179,7 @@ BY_CHUNKS = {  # an op's modules: walks, gradients
 def chunk_types(op, dtype, decay):
     """Of every argument that a kernel by chunks may have; decays a channel are of a pack."""
     kept = "*bf16" if dtype == "bf16" else "*fp32"
-    types = typed("q k v a b u x y x2 y2 o beta do dr dq dk dv da db", f"*{dtype}")
+    types = typed("q k v a b u x y x2 y2 o beta do_ dr dq dk dv da db", f"*{dtype}")
     types |= typed("X E P R S D G states", kept) | {"scale": SCALE}
     types |= typed(f"{decay} d{decay} state final dbeta ends moved starts", "*fp32")
     types |= typed("T H N CHUNKS ROWS SEGMENT SEGMENTS", "i32")

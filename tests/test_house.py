@@ -151,3 +151,25 @@ def test_public_functions_are_typed(path):
         assert not untyped and f.returns is not None, (
             f"{name_of(path)}:{f.lineno} {f.name} {untyped}"
         )
+
+
+CPP = """
+alignas alignof asm auto bool case catch char class const constexpr decltype default delete do
+double dynamic_cast enum explicit export extern float friend goto inline int long mutable namespace
+new noexcept nullptr operator private protected public register requires short signed sizeof static
+struct switch template this throw typedef typeid typename union unsigned using virtual void volatile
+"""  # without Python's own, which no parameter can have
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ops" / "kernels").glob("*.py")), ids=name_of)
+def test_parameters_of_kernels_are_no_words_of_cpp(path):
+    """Inductor's C++ wrapper names variables after them."""
+    kernels = [
+        node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+        if "triton.jit" in map(ast.unparse, node.decorator_list)
+    ]
+    for kernel in kernels:
+        words = {a.arg for a in kernel.args.args} & {*CPP.split()}
+        assert not words, f"{name_of(path)}:{kernel.lineno} {kernel.name} {words}"

@@ -175,7 +175,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    q, k, k_end, into, rest, total, beta, X, P, do, state, cu_seqlens, offsets, dr, states, ends,
+    q, k, k_end, into, rest, total, beta, X, P, do_, state, cu_seqlens, offsets, dr, states, ends,
     moved, final, scale, T, H, CHUNKS, SEGMENT, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -196,7 +196,7 @@ def _backward_kernel(
         at, by, inside = (start + chunk * C) * H + h, i * H, chunk * C + i < length
         q_c, k_c = _load(q, at, by, inside, kk, K), _load(k, at, by, inside, kk, K)
         X_c, P_c = _load(X, at, by, inside, i, C), _load(P, at, by, inside, i, C)
-        do_c = _load(do, at, by, inside & (moves == 0), vv, V)
+        do_c = _load(do_, at, by, inside & (moves == 0), vv, V)
         beta_c = tl.load(beta + at + by, mask=inside, other=0.0).to(tl.float32)[:, None]
         k_write = k_c if k_end is None else _load(k_end, at, by, inside, kk, K)
         if into is not None:

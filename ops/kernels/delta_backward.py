@@ -47,7 +47,7 @@ PART = tl.constexpr(NARROWEST)  # columns of the values that a program takes at 
 
 @triton.jit
 def _keys_kernel(
-    q, k, v, g, gk, beta, u, do, dr, S, G, total, cu_seqlens, sequences, places, dq, dk, dv, dg,
+    q, k, v, g, gk, beta, u, do_, dr, S, G, total, cu_seqlens, sequences, places, dq, dk, dv, dg,
     dgk, dbeta, scale, T, H, N, CHUNKS, ROWS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr,
@@ -72,7 +72,7 @@ def _keys_kernel(
         _store_rows(beta_c[:, None] * dr_p, dv, at, by, inside, part, V)
 
     # 3. What stands inside the chunk, and the decays.
-    u_c, do_c = _load(u, at, by, inside, vv, V), _load(do, at, by, inside, vv, V)
+    u_c, do_c = _load(u, at, by, inside, vv, V), _load(do_, at, by, inside, vv, V)
     dr_c = _load(dr, at, by, inside, vv, V)
     A = scale * _dot(do_c, tl.trans(u_c), DOT, PRECISION)
     E = -_dot(dr_c, tl.trans(u_c), DOT, PRECISION)

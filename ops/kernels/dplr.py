@@ -151,7 +151,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    q_in, a_in, b_end, k_end, do, total, X, E, P, R, state, cu_seqlens, offsets, dr, dv, states,
+    q_in, a_in, b_end, k_end, do_, total, X, E, P, R, state, cu_seqlens, offsets, dr, dv, states,
     ends, moved, final, scale, T, H, CHUNKS, SEGMENT, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -170,7 +170,7 @@ def _backward_kernel(
         # 2. The gradients of u and of what it was solved from.
         chunk = count - 1 - step
         at, by, inside = (start + chunk * C) * H + h, i * H, chunk * C + i < length
-        do_c = _load(do, at, by, inside & (moves == 0), vv, V)
+        do_c = _load(do_, at, by, inside & (moves == 0), vv, V)
         dU = _dot(_load(b_end, at, by, inside, kk, K), S, DOT, PRECISION)
         dU += _dot(tl.trans(_load(P, at, by, inside, i, C)), do_c, DOT, PRECISION)
         dR = _dot(tl.trans(_load(X, at, by, inside, i, C)), dU, DOT, PRECISION)

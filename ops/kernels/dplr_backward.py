@@ -54,7 +54,7 @@ def _products(x, y, keep, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _keys_kernel(
-    q, k, v, a, b, gk, u, do, dr, S, G, total, cu_seqlens, sequences, places, dq, dk, da, db, dgk,
+    q, k, v, a, b, gk, u, do_, dr, S, G, total, cu_seqlens, sequences, places, dq, dk, da, db, dgk,
     scale, T, H, N, CHUNKS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr,
@@ -78,7 +78,7 @@ def _keys_kernel(
     # 2. What stands inside the chunk.
     below, up_to = i[:, None] > i[None, :], i[:, None] >= i[None, :]
     u_c, v_c = _load(u, at, by, inside, vv, V), _load(v, at, by, inside, vv, V)
-    do_c, dr_c = _load(do, at, by, inside, vv, V), _load(dr, at, by, inside, vv, V)
+    do_c, dr_c = _load(do_, at, by, inside, vv, V), _load(dr, at, by, inside, vv, V)
     A = scale * _products(do_c, u_c, up_to, DOT, PRECISION)
     B = scale * _products(do_c, v_c, up_to, DOT, PRECISION)
     E = _products(dr_c, u_c, below, DOT, PRECISION)

@@ -47,7 +47,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
 
 @triton.jit
 def _keys_kernel(
-    q, k, v, g, gk, do, S, D, total, cu_seqlens, sequences, places, dq, dk, dg, dgk, scale,
+    q, k, v, g, gk, do_, S, D, total, cu_seqlens, sequences, places, dq, dk, dg, dgk, scale,
     T, H, N, CHUNKS, ROWS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr,
@@ -66,7 +66,7 @@ def _keys_kernel(
     vv = tl.arange(0, BV)
 
     # 2. What stands inside the chunk, and the decays.
-    v_c, do_c = _load(v, at, by, inside, vv, V), _load(do, at, by, inside, vv, V)
+    v_c, do_c = _load(v, at, by, inside, vv, V), _load(do_, at, by, inside, vv, V)
     A = scale * _dot(do_c, tl.trans(v_c), DOT, PRECISION)
     k_c = _load(k, at, by, inside, kk, K)
     if g is not None:
@@ -133,7 +133,7 @@ def _keys_kernel(
 
 @triton.jit
 def _values_kernel(
-    q, k, g, gk, do, D, total, cu_seqlens, sequences, places, dv, scale, T, H, N, CHUNKS,
+    q, k, g, gk, do_, D, total, cu_seqlens, sequences, places, dv, scale, T, H, N, CHUNKS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr, STRONG: tl.constexpr,
     ALL: tl.constexpr,
@@ -176,7 +176,7 @@ def _values_kernel(
         dv_c *= tl.exp((hi_end - hi) + (lo_end - lo))[:, None]
     else:
         P = tl.where(i[:, None] >= i[None, :], P, 0.0)
-    do_c = _load(do, at, by, inside, vv, V)
+    do_c = _load(do_, at, by, inside, vv, V)
     dv_c += _dot(tl.trans(scale * P), do_c, DOT, PRECISION)
     _store_rows(dv_c, dv, at, by, inside, vv, V)
 
