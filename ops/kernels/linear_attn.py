@@ -31,7 +31,6 @@ from flacompile.ops.kernels.tiles import (
     DOTS,
     LIMITS,
     NARROWEST,
-    _decay_sums,
     _dot,
     _load,
     _load_state,
@@ -41,12 +40,20 @@ from flacompile.ops.kernels.tiles import (
     _store_end,
     _store_rows,
     _store_state,
+    _sums_of,
     dot_of,
     dot_of_sums,
 )
 
 PROGRAMS = 264  # fill the largest GPUs, two on each multiprocessor
 SHORTEST = 512  # rows of a segment; in a shorter one a second read of k and v does not pay
+
+
+@triton.jit
+def _decays_of(g, first, i, start, length, h, H, REVERSE: tl.constexpr):
+    """Log decays of rows first + i, 0 where there is none."""
+    at, by, later, _, inside = _rows(first, i, start, length, h, H, REVERSE)
+    return tl.load(g + at + later + by, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -73,26 +80,29 @@ def _scalar_kernel(
     sum_g = 0.0
 
     begin = segment * SEGMENT
+    if g is not None:
+        g_next = _decays_of(g, begin, i, start, length, h, H, REVERSE)
     for first in range(begin, tl.minimum(begin + SEGMENT, length), C):
-        # 2. Load the chunk.
-        at, by, later, inside, g_inside = _rows(first, i, start, length, h, H, REVERSE)
+        # 2. Load the chunk. Its decays, which are no factor of a dot, were loaded a chunk before.
+        at, by, _later, inside, _ = _rows(first, i, start, length, h, H, REVERSE)
         k_c = _load(k, at // SHARE, by // SHARE, inside, kk, K)
         v_c = _load(v, at, by, inside, vv, V)
         if g is not None:
-            hi, lo, _, _, hi_end, lo_end = _decay_sums(g, at + later, by, g_inside)
+            hi, lo, _, _, hi_end, lo_end = _sums_of(g_next)
+            g_next = _decays_of(g, first + C, i, start, length, h, H, REVERSE)
             sum_g += hi_end + lo_end
 
         if o is not None:
             # 3. Scores inside the chunk, and the read of the state before it; both decayed.
             q_c = _load(q, at // SHARE, by // SHARE, inside, kk, K)
             A = _dot(q_c, tl.trans(k_c), DOT, PRECISION)
-            o_c = _dot(q_c, S, DOT, PRECISION)
             lower = i[:, None] >= i[None, :]
-            if g is None:
-                A = tl.where(lower, A, 0.0)
-            else:
+            if g is not None:
                 between = (hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :])
-                A = tl.where(lower, A * tl.exp(tl.where(lower, between, 0.0)), 0.0)
+                A *= tl.exp(tl.where(lower, between, 0.0))
+            A = tl.where(lower, A, 0.0).to(DOT)
+            o_c = _dot(q_c, S, DOT, PRECISION)
+            if g is not None:
                 o_c *= tl.exp(hi + lo)[:, None]
             o_c += _dot(A, v_c, DOT, PRECISION)
             _store_rows(scale * o_c, o, at, by, inside, vv, V)

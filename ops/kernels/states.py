@@ -26,13 +26,13 @@ from flacompile.ops.kernels.tiles import (
     DOTS,
     NARROWEST,
     _channel_total,
-    _decay_sums,
     _dot,
     _load,
     _load_state,
     _sequence,
     _store_state,
     _sums_beyond,
+    _sums_of,
     _sums_within,
 )
 
@@ -64,7 +64,7 @@ def _rows_of(cu_seqlens, n, place, h, T, H, C: tl.constexpr):
     """Rows of a chunk: its first, the length of the sequence, i, and indices as ``_rows`` does."""
     start, length = _sequence(cu_seqlens, n, T)
     first, i = place * C, tl.arange(0, C)
-    return first, length, i, (start + first) * H + h, i * H, first + i < length
+    return first, length, i, (start + first) * H + h, i * H, i < (length - first).to(tl.int32)
 
 
 @triton.jit
@@ -87,6 +87,13 @@ def _carried(
             S_p = _load_state(S, index, kk, part, K, V).to(tl.float32)
             found += tl.sum(S_p * _load_state(D, index, kk, part, K, V).to(tl.float32), 1)
         return found
+
+
+@triton.jit
+def _decays_of(g, chunk, i, start, length, h, H, C: tl.constexpr):
+    """Log decays of the rows of a chunk, 0 of one that is not there."""
+    inside = (chunk >= 0) & (i < (length - chunk * C).to(tl.int32))
+    return tl.load(g + (start + chunk * C) * H + h + i * H, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -116,16 +123,19 @@ def _states_kernel(
     sum_g, sum_k = 0.0, tl.zeros([BK], tl.float32)
 
     begin = segment * SEGMENT
+    if g is not None:
+        g_next = _decays_of(g, count - 1 - begin if BACK else begin, i, start, length, h, H, C)
     for step in range(begin, tl.minimum(begin + SEGMENT, count)):
-        # 2. Keep the state, then take the chunk into it.
+        # 2. Keep the state, then take the chunk into it, with decays loaded a chunk before.
         chunk = count - 1 - step if BACK else step
         if states is not None:
             _store_state(S, states, (base + chunk) * H + h, kk, vv, K, V)
-        at, by, inside = (start + chunk * C) * H + h, i * H, chunk * C + i < length
+        at, by, inside = (start + chunk * C) * H + h, i * H, i < (length - chunk * C).to(tl.int32)
         x_c = _load(x, at // SHARE, by // SHARE, inside, kk, K)
         y_c = _load(y, at, by, inside, vv, V)
         if g is not None:
-            hi, lo, _, _, hi_end, lo_end = _decay_sums(g, at, by, inside)
+            hi, lo, _, _, hi_end, lo_end = _sums_of(g_next)
+            g_next = _decays_of(g, chunk - 1 if BACK else chunk + 1, i, start, length, h, H, C)
             w = (hi + lo) if BACK else (hi_end - hi) + (lo_end - lo)
             y_c = y_c.to(tl.float32) * tl.exp(w)[:, None]
             S *= tl.exp(hi_end + lo_end)

@@ -63,9 +63,10 @@ def _rows(first, i, start, length, h, H, REVERSE: tl.constexpr):
     The second is where the decay of a row stands. Offsets by are small, so that only the scalar at
     needs 64 bits. Also which of the rows are there, and which have a decay.
     """
-    inside = first + i < length
+    inside = i < (length - first).to(tl.int32)
     if REVERSE:
-        return (start + length - 1 - first) * H + h, -i * H, H, inside, inside & (first + i > 0)
+        decayed = inside & ((first > 0) | (i > 0))
+        return (start + length - 1 - first) * H + h, -i * H, H, inside, decayed
     else:
         return (start + first) * H + h, i * H, H * 0, inside, inside
 
@@ -93,12 +94,17 @@ def _dot(x, y, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _decay_sums(g, at, by, inside):
+    """``_sums_of`` the log decays of rows."""
+    return _sums_of(tl.load(g + at + by, mask=inside, other=0.0))
+
+
+@triton.jit
+def _sums_of(g_c):
     """Running sums of the log decays of a chunk, each row's own, and the sums of all: hi and lo.
 
     g = hi + lo with hi a multiple of 2^-10: sums of up to 128 hi are exact, so a difference of sums
     is as good as the sum between. e^-128 is 0 in fp32 already.
     """
-    g_c = tl.load(g + at + by, mask=inside, other=0.0)
     g_c = tl.where(g_c < -128.0, -128.0, g_c)
     hi = tl.floor(g_c * 1024.0) * (1.0 / 1024.0)
     lo = g_c - hi
