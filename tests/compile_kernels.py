@@ -245,6 +245,8 @@ def inside_variants(op, dtype, K, V, arch, full):
         kinds = ("", "strong, ") if full and decay == "gk" else ("",)
         for kernel, strong in product(kernels, kinds):
             meta = common | keys | {"V": V, "STRONG": strong != "", "ALL": width}
+            if kernel == "values":
+                meta = linear_attn_backward.value_tiles(meta, decay == "gk")
             function = getattr(backward, f"_{kernel}_kernel")
             yield Variant(f"{op} {kernel}, {strong}{size}", function, types, meta, arch)
 

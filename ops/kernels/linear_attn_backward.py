@@ -187,6 +187,11 @@ def tiles(K: int, V: int, dot: str, hopper: bool) -> dict[str, int]:
     return meta | {"C": 64 if dot == "bf16" and meta["BV"] <= 128 and hopper else 32}
 
 
+def value_tiles(keys: dict[str, int], channel: bool) -> dict[str, int]:
+    """Those of dv: key channels are loaded ahead, but not beside the branch of decays a channel."""
+    return keys | {"num_stages": 1 if channel or keys["C"] < 64 else 3}
+
+
 def linear_attn_backward(
     q: Tensor,
     k: Tensor,
@@ -223,14 +228,15 @@ def linear_attn_backward(
     dgk = None if channel is None else torch.empty_like(channel)
     where = (cu_seqlens, chunks.sequences, chunks.places)
     sizes = (scale, T, H, state.shape[0], chunks.each)
-    meta |= {"K": K, "V": V, "LIMIT": LIMITS[dot], **DOTS[dot]}
+    ahead = value_tiles(meta, channel is not None)
+    common = {"K": K, "V": V, "LIMIT": LIMITS[dot], **DOTS[dot]}
     for strong in (False,) if channel is None else (False, True):
         launch(
             _keys_kernel, (chunks.total * H * blocks,), q, k, v, scalar, channel, do, S, D, total,
-            *where, dq, dk, dg, dgk, *sizes, B * T * H, STRONG=strong, **meta,
+            *where, dq, dk, dg, dgk, *sizes, B * T * H, STRONG=strong, **common, **meta,
         )  # fmt: skip
         launch(
             _values_kernel, (chunks.total * H,), q, k, scalar, channel, do, D, total, *where, dv,
-            *sizes, STRONG=strong, ALL=max(16, triton.next_power_of_2(K)), **meta,
+            *sizes, STRONG=strong, ALL=max(16, triton.next_power_of_2(K)), **common, **ahead,
         )  # fmt: skip
     return dq, dk, dv, dgk if dg is None else dg.sum(0), dstate
