@@ -180,13 +180,13 @@ def chunk_types(op, dtype, decay):
     """Of every argument that a kernel by chunks may have; decays a channel are of a pack."""
     kept = "*bf16" if dtype == "bf16" else "*fp32"
     types = typed("q k v a b u x y x2 y2 o beta do_ dr dq dk dv da db", f"*{dtype}")
-    types |= typed("X E P R S D G states", kept) | {"scale": SCALE}
+    types |= typed("X Y P R W S D G states", kept) | {"scale": SCALE}
     types |= typed(f"{decay} d{decay} state final dbeta ends moved starts", "*fp32")
     types |= typed("T H N CHUNKS ROWS SEGMENT SEGMENTS", "i32")
     if decay == "g":
         types |= typed("into rest", "*fp32")
     else:
-        types |= typed("q_in a_in k_in b_end k_end", kept if op == "dplr" else f"*{dtype}")
+        types |= typed("q_in b_end k_end", kept if op == "dplr" else f"*{dtype}")
         types |= typed("total decays total_k", "*fp32")
         types |= typed("cu_seqlens offsets sequences places", "*i64")
     return types
@@ -238,8 +238,8 @@ def inside_variants(op, dtype, K, V, arch, full):
     for decay in ("g", "gk") if full and op != "dplr" else ("gk",):
         types, size = chunk_types(op, dtype, decay), f"{decay}, {dtype}, {K}x{V}"
         if forward is not None:
-            meta = {"C": walks["C"], "BK": tiles.NARROWEST, "num_warps": 4, "num_stages": 1}
-            meta |= common
+            of_op = {"delta_rule": delta.inside_tiles(K, walks["C"]), "dplr": dplr.INSIDE[dot]}
+            meta = common | of_op[op] | {"C": walks["C"], "WRITE": decay == "gk"}
             yield Variant(f"{op} inside, {size}", forward._inside_kernel, types, meta, arch)
         kernels = ("keys", "values") if op == "linear_attn" else ("keys",)
         kinds = ("", "strong, ") if full and decay == "gk" else ("",)
@@ -269,14 +269,17 @@ def walk_variants(op, dtype, K, V, arch, full):
     """The walk of an op in either direction, and the first one, which finds how states move."""
     dot = DTYPES[dtype]
     meta = {"K": K, "V": V, **chunk_tiles(op, K, V, dot, arch)[0], **tiles.DOTS[dot]}
-    metas = {"forward": meta, "backward": delta.back_tiles(meta) if op == "delta_rule" else meta}
+    wide = delta.wide_tiles(meta, V) if op == "delta_rule" else meta
     absent = {"": "ends moved"} | ({"first, ": "state u o dr dv states"} if full else {})
     for decay in ("g", "gk") if full and op == "delta_rule" else ("gk",):
         types = chunk_types(op, dtype, decay)
-        for (form, names), (kernel, constants) in product(absent.items(), metas.items()):
+        walks = {"forward": (types, wide), "backward": (types, wide)}
+        if decay == "g":
+            walks["forward"] = without(types, "W"), meta
+        for (form, names), (kernel, (given, constants)) in product(absent.items(), walks.items()):
             name = f"{op} {kernel}, {form}{decay}, {dtype}, {K}x{V}"
-            function, given = getattr(BY_CHUNKS[op][0], f"_{kernel}_kernel"), without(types, names)
-            yield Variant(name, function, given, constants, arch)
+            function = getattr(BY_CHUNKS[op][0], f"_{kernel}_kernel")
+            yield Variant(name, function, without(given, names), constants, arch)
 
 
 def ternary_variants():

@@ -10,11 +10,13 @@ all, and r_i = s_{i-1}, what the chunk writes is u, of
     A_ij = a_i e^{r_i - s_j} b_j                 E_ij = a_i e^{r_i - s_j} k_j                i > j
     P_ij = scale q_i e^{s_i - s_j} b_j           R_ij = scale q_i e^{s_i - s_j} k_j          i >= j
 
-X = (1 - A)^-1, E, P and R do not depend on the state: ``_inside_kernel`` finds them. Gradients go
-back in time in the same way: with G the gradient of the state after a chunk,
+X = (1 - A)^-1, Y = X E, W = X e^r a, P and R do not depend on the state: ``_inside_kernel`` finds
+them, so that U = Y V + W S takes one dot after S. Gradients go back in time in the same way: with G
+the gradient of the state after a chunk,
 
     dU = P^T dO + (e^{s_C - s} b) G         dr = X^T dU, the gradient of the right-hand side
-    G_before = e^{s_C} G + scale (e^s q)^T dO + (e^r a)^T dr
+    dV = Y^T dU + R^T dO + (e^{s_C - s} k) G
+    G_before = e^{s_C} G + scale (e^s q)^T dO + W^T dU
 
 The kernels know decays a channel; one a head is expanded. Walks, and how they are cut: ``walk``.
 """
@@ -52,11 +54,14 @@ from flacompile.ops.kernels.walk import _decay_of, _state_before, _store_walk, _
 
 @triton.jit
 def _inside_kernel(
-    q, k, a, b, gk, cu_seqlens, sequences, places, X, E, P, R, q_in, a_in, b_end, k_end, total,
+    q, k, a, b, gk, cu_seqlens, sequences, places, X, Y, P, R, q_in, W, b_end, k_end, total,
     scale, T, H, N, CHUNKS, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """The matrices of one chunk and head, the decayed rows, and the chunk's log decay."""
+    """The matrices of one chunk and head, the decayed rows, q with the scale, and the log decay.
+
+    X is None in a forward, which does not read it.
+    """
     scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     h, chunk = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
@@ -83,15 +88,15 @@ def _inside_kernel(
             E_c += _dot(into_a, tl.trans(out_k), DOT, PRECISION)
             P_c += _dot(into_q, tl.trans(out_b), DOT, PRECISION)
             R_c += _dot(into_q, tl.trans(out_k), DOT, PRECISION)
-            _store_rows(into_q, q_in, at, by, inside, kk, K)
-            _store_rows(into_a, a_in, at, by, inside, kk, K)
+            _store_rows(scale * into_q, q_in, at, by, inside, kk, K)
+            _store_rows(into_a, W, at, by, inside, kk, K)
             _store_rows(tl.exp(end)[None, :] * out_b, b_end, at, by, inside, kk, K)
             _store_rows(tl.exp(end)[None, :] * out_k, k_end, at, by, inside, kk, K)
         else:
             sums, rest = _channel_sums(gk_c, False)[0], tl.exp(_channel_sums(gk_c, True)[0])
             into_a = a_c * tl.exp(sums - tl.maximum(gk_c, -128.0))
-            _store_rows(q_c * tl.exp(sums), q_in, at, by, inside, kk, K)
-            _store_rows(into_a, a_in, at, by, inside, kk, K)
+            _store_rows(scale * q_c * tl.exp(sums), q_in, at, by, inside, kk, K)
+            _store_rows(into_a, W, at, by, inside, kk, K)
             _store_rows(b_c * rest, b_end, at, by, inside, kk, K)
             _store_rows(k_c * rest, k_end, at, by, inside, kk, K)
             A += _columns(a_c, b_c, None, b, gk, at, first, length, i, kk, H, K, C, True)[0]
@@ -101,22 +106,31 @@ def _inside_kernel(
 
     # 3. The matrices, and the inverse.
     below, up_to = i[:, None] > i[None, :], i[:, None] >= i[None, :]
-    _store_rows(tl.where(below, E_c, 0.0), E, at, by, inside, i, C)
     _store_rows(tl.where(up_to, scale * P_c, 0.0), P, at, by, inside, i, C)
     _store_rows(tl.where(up_to, scale * R_c, 0.0), R, at, by, inside, i, C)
-    A = tl.where(below, A, 0.0)
-    _store_rows(_inverse(A, i, C, PRECISION), X, at, by, inside, i, C)
+    X_c = _inverse(tl.where(below, A, 0.0), i, C, PRECISION)
+    if X is not None:
+        _store_rows(X_c, X, at, by, inside, i, C)
+    Y_c = _dot(X_c, tl.where(below, E_c, 0.0), DOT, PRECISION)
+    _store_rows(Y_c, Y, at, by, inside, i, C)
+
+    # 4. W, of the decayed rows that stand in its place.
+    tl.debug_barrier()  # all of them are written
+    for block in range(0, K, BK):
+        kk = block + tl.arange(0, BK)
+        W_c = _dot(X_c, _load(W, at, by, inside, kk, K), DOT, PRECISION)
+        tl.debug_barrier()  # and read
+        _store_rows(W_c, W, at, by, inside, kk, K)
 
 
 @triton.jit
 def _forward_kernel(
-    q_in, a_in, b_end, k_end, v, total, X, E, P, R, state, cu_seqlens, offsets, u, o, ends, moved,
+    q_in, W, b_end, k_end, v, total, X, Y, P, R, state, cu_seqlens, offsets, u, o, ends, moved,
     final, scale, T, H, CHUNKS, SEGMENT, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u, o and the state; a first walk, with ends and moved, finds how a segment moves a state."""
-    scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     FIRST: tl.constexpr = ends is not None
     owner, h, segment, n, start, length, base, count, moves, kk, vv = _walked(
@@ -127,18 +141,17 @@ def _forward_kernel(
     begin = segment * SEGMENT
     for chunk in range(begin, tl.minimum(begin + SEGMENT, count)):
         # 2. Solve for u; the identity's columns have no values.
-        at, by, inside = (start + chunk * C) * H + h, i * H, chunk * C + i < length
+        at, by, inside = (start + chunk * C) * H + h, i * H, i < (length - chunk * C).to(tl.int32)
         v_c = _load(v, at, by, inside & (moves == 0), vv, V)
-        right = _dot(_load(a_in, at, by, inside, kk, K), S, DOT, PRECISION)
-        right += _dot(_load(E, at, by, inside, i, C), v_c, DOT, PRECISION)
-        U = _dot(_load(X, at, by, inside, i, C), right, DOT, PRECISION)
+        U = _dot(_load(Y, at, by, inside, i, C), v_c, DOT, PRECISION)
+        U += _dot(_load(W, at, by, inside, kk, K), S, DOT, PRECISION)
 
         # 3. Read o.
         if not FIRST:
             _store_rows(U, u, at, by, inside, vv, V)
-            o_c = scale * _dot(_load(q_in, at, by, inside, kk, K), S, DOT, PRECISION)
-            o_c += _dot(_load(P, at, by, inside, i, C), U, DOT, PRECISION)
+            o_c = _dot(_load(q_in, at, by, inside, kk, K), S, DOT, PRECISION)
             o_c += _dot(_load(R, at, by, inside, i, C), v_c, DOT, PRECISION)
+            o_c += _dot(_load(P, at, by, inside, i, C), U, DOT, PRECISION)
             _store_rows(o_c, o, at, by, inside, vv, V)
 
         # 4. Take the chunk into the state.
@@ -151,13 +164,12 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    q_in, a_in, b_end, k_end, do_, total, X, E, P, R, state, cu_seqlens, offsets, dr, dv, states,
+    q_in, W, b_end, k_end, do_, total, X, Y, P, R, state, cu_seqlens, offsets, dr, dv, states,
     ends, moved, final, scale, T, H, CHUNKS, SEGMENT, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dr, dv and the gradient of the state after each chunk, from the last chunk to the first."""
-    scale = tl.cast(scale, tl.float32)  # compilers pass fp64
     # 1. What this program owns.
     FIRST: tl.constexpr = ends is not None
     owner, h, segment, n, start, length, base, count, moves, kk, vv = _walked(
@@ -169,26 +181,25 @@ def _backward_kernel(
     for step in range(begin, tl.minimum(begin + SEGMENT, count)):
         # 2. The gradients of u and of what it was solved from.
         chunk = count - 1 - step
-        at, by, inside = (start + chunk * C) * H + h, i * H, chunk * C + i < length
+        at, by, inside = (start + chunk * C) * H + h, i * H, i < (length - chunk * C).to(tl.int32)
         do_c = _load(do_, at, by, inside & (moves == 0), vv, V)
         dU = _dot(_load(b_end, at, by, inside, kk, K), S, DOT, PRECISION)
         dU += _dot(tl.trans(_load(P, at, by, inside, i, C)), do_c, DOT, PRECISION)
-        dR = _dot(tl.trans(_load(X, at, by, inside, i, C)), dU, DOT, PRECISION)
 
         # 3. Of the values.
         if not FIRST:
             _store_state(S, states, (base + chunk) * H + h, kk, vv, K, V)
+            dR = _dot(tl.trans(_load(X, at, by, inside, i, C)), dU, DOT, PRECISION)
             _store_rows(dR, dr, at, by, inside, vv, V)
             dv_c = _dot(_load(k_end, at, by, inside, kk, K), S, DOT, PRECISION)
             dv_c += _dot(tl.trans(_load(R, at, by, inside, i, C)), do_c, DOT, PRECISION)
-            dv_c += _dot(tl.trans(_load(E, at, by, inside, i, C)), dR, DOT, PRECISION)
+            dv_c += _dot(tl.trans(_load(Y, at, by, inside, i, C)), dU, DOT, PRECISION)
             _store_rows(dv_c, dv, at, by, inside, vv, V)
 
         # 4. Of the state before the chunk.
         S *= _decay_of(total, (base + chunk) * H + h, kk, K)[:, None]
-        q_c = tl.trans(_load(q_in, at, by, inside, kk, K))
-        S += _dot(q_c, scale * do_c.to(tl.float32), DOT, PRECISION)
-        S += _dot(tl.trans(_load(a_in, at, by, inside, kk, K)), dR, DOT, PRECISION)
+        S += _dot(tl.trans(_load(q_in, at, by, inside, kk, K)), do_c, DOT, PRECISION)
+        S += _dot(tl.trans(_load(W, at, by, inside, kk, K)), dU, DOT, PRECISION)
 
     _store_walk(S, ends, moved, final, moves, owner, segment, SEGMENTS, n, H, h, kk, vv, K, V)
 
@@ -204,40 +215,48 @@ def tiles(K: int, V: int, dot: str, hopper: bool) -> dict[str, int]:
     return {"BK": BK, "BV": min(BV, widest), "C": C, "num_warps": warps, "num_stages": stages}
 
 
+INSIDE = {  # of all chunks at once: 32 rows of bf16 are too little for four warps
+    "bf16": {"BK": NARROWEST, "num_warps": 2, "num_stages": 1},
+    "tf32": {"BK": NARROWEST, "num_warps": 4, "num_stages": 1},
+    "ieee": {"BK": NARROWEST, "num_warps": 4, "num_stages": 1},
+}
+
+
 class Inside(NamedTuple):
     """What the walks read of all chunks: decayed rows [B, T, H, K], log decays, matrices."""
 
     q_in: Tensor
-    a_in: Tensor
+    W: Tensor
     b_end: Tensor
     k_end: Tensor
     total: Tensor  # [chunks, H, K]
-    X: Tensor  # [B, T, H, C], row i of a chunk at its token
-    E: Tensor
+    X: Tensor | None  # [B, T, H, C], row i of a chunk at its token
+    Y: Tensor
     P: Tensor
     R: Tensor
 
-    def around(self, values: Tensor) -> tuple[Tensor, ...]:
+    def around(self, values: Tensor) -> tuple[Tensor | None, ...]:
         """As the walks take them, with v or do."""
         return *self[:4], values, *self[4:]
 
 
 def inside(
     q: Tensor, k: Tensor, a: Tensor, b: Tensor, gk: Tensor, cu_seqlens: Tensor | None,
-    chunks: Chunks, scale: float, N: int, dot: str,
+    chunks: Chunks, scale: float, N: int, dot: str, back: bool,
 ) -> Inside:  # fmt: skip
-    """Of all chunks at once."""
+    """Of all chunks at once, X for the walk ``back``."""
     B, T, H, K = q.shape
     kept = torch.bfloat16 if dot == "bf16" else torch.float32
     rows = [q.new_empty(B, T, H, K, dtype=kept) for _ in range(4)]
     total = q.new_empty(chunks.total, H, K, dtype=torch.float32)
-    X, E, P, R = (q.new_empty(B, T, H, chunks.size, dtype=kept) for _ in range(4))
+    Y, P, R = (q.new_empty(B, T, H, chunks.size, dtype=kept) for _ in range(3))
+    X = torch.empty_like(Y) if back else None
     launch(
         _inside_kernel, (chunks.total * H,), q, k, a, b, gk, cu_seqlens, chunks.sequences,
-        chunks.places, X, E, P, R, *rows, total, scale, T, H, N, chunks.each, K=K,
-        BK=NARROWEST, C=chunks.size, LIMIT=LIMITS[dot], **DOTS[dot], num_warps=4, num_stages=1,
+        chunks.places, X, Y, P, R, *rows, total, scale, T, H, N, chunks.each, K=K,
+        C=chunks.size, LIMIT=LIMITS[dot], **DOTS[dot], **INSIDE[dot],
     )  # fmt: skip
-    return Inside(*rows, total, X, E, P, R)
+    return Inside(*rows, total, X, Y, P, R)
 
 
 def by_channel(g: Tensor | None, q: Tensor) -> Tensor:
@@ -273,7 +292,7 @@ def dplr_forward(
     meta = tiles(q.shape[3], v.shape[3], dot, is_hopper(q.device))
     chunks = chunks_of(cu_seqlens, state.shape[0], q.shape[1], meta["C"])
     gk = by_channel(g, q)
-    x = inside(q, k, a, b, gk, cu_seqlens, chunks, scale, state.shape[0], dot)
+    x = inside(q, k, a, b, gk, cu_seqlens, chunks, scale, state.shape[0], dot, False)
     u, o = torch.empty_like(v), torch.empty_like(v)
     final = walked(
         _forward_kernel, x.around(v), state, cu_seqlens, chunks, (u, o), scale, q.shape[:2],

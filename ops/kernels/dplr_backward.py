@@ -171,7 +171,7 @@ def dplr_backward(
     chunks = chunks_of(cu_seqlens, N, T, meta["C"])
     gk = by_channel(g, q)
     S, _, total = states(b, u, gk, state, cu_seqlens, chunks, 1.0, False, dot, (k, v))
-    x = inside(q, k, a, b, gk, cu_seqlens, chunks, scale, N, dot)
+    x = inside(q, k, a, b, gk, cu_seqlens, chunks, scale, N, dot, True)
     dr, dv, G = torch.empty_like(v), torch.empty_like(v), torch.empty_like(S)
     dstate = walked(
         _backward_kernel, x.around(do), dfinal, cu_seqlens, chunks, (dr, dv, G), scale,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flacompile.ops.kernels.launch import launch
-from flacompile.ops.kernels.linear_attn import num_segments
+from flacompile.ops.kernels.linear_attn import PROGRAMS, num_segments
 from flacompile.ops.kernels.states import Chunks, _chunks_of
 from flacompile.ops.kernels.tiles import _load_state, _sequence, _store_state
 
@@ -116,7 +116,8 @@ def walked(
     N, H, K, V = state.shape
     T, final = shape[1], torch.empty_like(state)
     NV, NK = triton.cdiv(V, meta["BV"]), triton.cdiv(K, meta["BV"])
-    segments = num_segments(N * H * NV, T, FEWEST)
+    fill = PROGRAMS * 64 // max(64, meta["BV"])  # two of 64 columns take what one of 128 does
+    segments = num_segments(N * H * NV, T, FEWEST, fill)
     length = triton.cdiv(chunks.each, segments)
 
     def run(blocks: int, start: Any, outputs: Any, ends: Any, moved: Any) -> None:
