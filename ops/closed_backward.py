@@ -1,4 +1,4 @@
-"""The backward of linear_attn by linear_attn itself, on a CPU and for decays of value channels.
+"""The backward of linear_attn by linear_attn itself, on a CPU or with two decays a channel.
 
 linear_attn is closed under differentiation. With D_t the gradient of S_t,
 
