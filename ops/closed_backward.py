@@ -79,11 +79,6 @@ def decay_gradient(
         g: [B, T, H] or [B, T, H, X]: a decay for all channels sums their gradients.
     """
     change = sum(x * dx for x, dx in plus) - sum(x * dx for x, dx in minus)
-    return running_gradient(change, end, g, cu_seqlens)
-
-
-def running_gradient(change: Tensor, end: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """``decay_gradient`` of a change [B, T, H, X or 1]."""
     if g.ndim == 3:
         change, end = change.sum(-1, keepdim=True), end.sum(-1, keepdim=True)
     # The terms cancel, so the sum is one of fp64. PyTorch's running sums over the last dim use all

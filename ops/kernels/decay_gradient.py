@@ -1,8 +1,7 @@
-"""Triton kernels for the gradients of decays: dg_t = dg_{t+1} + change_t, back from the end.
+"""Triton kernel for the gradient of a decay a channel: dg_t = dg_{t+1} + change_t, from the end.
 
-change = p dp - m dm of the pair (p, dp) in plus and (m, dm) in minus. ``_channel_kernel``
-is for a decay a channel: one program a (sequence, head, block of channels) that walks time
-backwards. ``_row_kernel`` gives the change of a decay a head, summed over channels, row by row.
+change = p dp - m dm of the pair (p, dp) in plus and (m, dm) in minus. Grid: one program a
+(sequence, head, block of channels), which walks time backwards.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flacompile.ops.closed_backward import running_gradient
 from flacompile.ops.kernels.launch import launch
 from flacompile.ops.kernels.tiles import _load, _rows, _sequence, _store_rows
 
@@ -23,11 +21,6 @@ Pairs = list[tuple[Tensor, Tensor]]
 def _product(x, dx, at, by, inside, col, X: tl.constexpr):
     x = _load(x, at, by, inside, col, X).to(tl.float32)
     return x * _load(dx, at, by, inside, col, X).to(tl.float32)
-
-
-@triton.jit
-def _change(p, dp, m, dm, at, by, inside, col, X: tl.constexpr):
-    return _product(p, dp, at, by, inside, col, X) - _product(m, dm, at, by, inside, col, X)
 
 
 @triton.jit
@@ -43,37 +36,18 @@ def _channel_kernel(
     after = tl.load(end + sequence_head * X + col, mask=col < X, other=0.0)
     for first in range(0, length, C):
         at, by, _later, inside, _ = _rows(first, i, start, length, h, H, True)
-        change = _change(p, dp, m, dm, at, by, inside, col, X)
+        change = _product(p, dp, at, by, inside, col, X)
+        change -= _product(m, dm, at, by, inside, col, X)
         _store_rows(tl.cumsum(change, 0) + after[None, :], dg, at, by, inside, col, X)
         after += tl.sum(change, 0)
-
-
-@triton.jit
-def _row_kernel(
-    p, dp, m, dm, change, ROWS,
-    X: tl.constexpr, BX: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * C
-    i, col = tl.arange(0, C), tl.arange(0, BX)
-    inside = first + i < ROWS
-    found = _change(p, dp, m, dm, first, i, inside, col, X)
-    tl.store(change + first + i, tl.sum(found, 1), mask=inside)
 
 
 def decay_gradient(
     plus: Pairs, minus: Pairs, end: Tensor, g: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """dg as ``closed_backward.decay_gradient`` gives it, of one pair on either side."""
-    B, T, H, X = plus[0][0].shape
+    """dg as ``closed_backward.decay_gradient`` gives it of one pair on either side."""
+    _, T, H, X = plus[0][0].shape
     tensors = [x.contiguous() for pair in plus + minus for x in pair]
-    if g.ndim == 3:
-        change = end.new_empty(B, T, H, 1)
-        rows, C = B * T * H, 32
-        launch(
-            _row_kernel, (triton.cdiv(rows, C),), *tensors, change, rows, X=X,
-            BX=triton.next_power_of_2(X), C=C, num_warps=4,
-        )  # fmt: skip
-        return running_gradient(change, end, g, cu_seqlens)
     dg, BX = torch.empty_like(g), min(32, triton.next_power_of_2(X))
     launch(
         _channel_kernel, (end.shape[0] * H * triton.cdiv(X, BX),), *tensors, end.contiguous(),
