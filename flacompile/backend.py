@@ -23,8 +23,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from flacompile import ops
 from flacompile.blocks import feature_map as feature_map_of
-from flacompile.layers.based import taylor_features
-from flacompile.layers.rebased import square_features
+from flacompile.layers.based import taylor_weights
+from flacompile.layers.rebased import square_weights
 from flacompile.ops.heads import repeat_heads
 from flacompile.ops.validate import expect
 from flacompile.passes.masks import allowed, window_of
@@ -34,13 +34,20 @@ from flacompile.passes.walk import NotProvable
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention  # as Dynamo calls it
 
+EPS = 1e-10  # added to sums of weights
+
 log = logging.getLogger(__name__)
 
 
 def linear_attn(q: Tensor, k: Tensor, v: Tensor, scale: float, feature_map: str = "elu") -> Tensor:
-    """o_t = Σ φ(q_t)·φ(k_s) v_s / Σ φ(q_t)·φ(k_s), s <= t; a factor on the products cancels."""
+    """o_t = Σ φ(q_t)·φ(k_s) v_s / Σ φ(q_t)·φ(k_s), s <= t; a factor on the products cancels.
+
+    The sum of the weights belongs to a channel of ones in v.
+    """
     phi, _ = feature_map_of(feature_map, q.shape[-1])
-    return _normalised(phi(q), phi(k), v)
+    v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
+    o, _ = ops.linear_attn(phi(q), phi(k), v, scale=1.0)
+    return o[..., :-1] / (o[..., -1:] + EPS)
 
 
 def simple_gla(q: Tensor, k: Tensor, v: Tensor, scale: float, decay: str = "retention") -> Tensor:
@@ -52,12 +59,12 @@ def simple_gla(q: Tensor, k: Tensor, v: Tensor, scale: float, decay: str = "rete
 
 def based(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """o_t = Σ (1 + a + a²/2) v_s / Σ (1 + a + a²/2), a = scale q_t·k_s, s <= t."""
-    return _normalised(*taylor_features(q, k, scale), v)
+    return ops.quadratic_attn(q, k, v, weights=taylor_weights(scale), eps=EPS)[0]
 
 
 def rebased(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """o_t = Σ (2 + a)² v_s / Σ (2 + a)², a = scale q_t·k_s, s <= t."""
-    return _normalised(*square_features(q, k, scale, 2.0), v)
+    return ops.quadratic_attn(q, k, v, weights=square_weights(scale, 2.0), eps=EPS)[0]
 
 
 DECAYS: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -74,13 +81,6 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_attn": {"feature_map": ("dpfp", "elu", "relu")},
     "simple_gla": {"decay": tuple(DECAYS)},
 }
-
-
-def _normalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Σ q_t·k_s v_s / Σ q_t·k_s, s <= t: the sum of weights belongs to a channel of ones in v."""
-    v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
-    o, _ = ops.linear_attn(q, k, v, scale=1.0)
-    return o[..., :-1] / (o[..., -1:] + 1e-10)
 
 
 def linear_attention(

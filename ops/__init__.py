@@ -8,6 +8,7 @@ from flacompile.ops.conv import conv, conv_step
 from flacompile.ops.delta_rule import delta_rule, delta_rule_step
 from flacompile.ops.dplr import dplr, dplr_step
 from flacompile.ops.linear_attn import linear_attn, linear_attn_step
+from flacompile.ops.quadratic_attn import quadratic_attn, quadratic_attn_step
 from flacompile.ops.scan import scan, scan_step
 from flacompile.ops.selective_scan import selective_scan, selective_scan_step
 from flacompile.ops.ternary import ternary_linear
@@ -21,6 +22,8 @@ __all__ = [
     "dplr_step",
     "linear_attn",
     "linear_attn_step",
+    "quadratic_attn",
+    "quadratic_attn_step",
     "scan",
     "scan_step",
     "selective_scan",

@@ -5,9 +5,9 @@
 q and k may be shared by heads, as Mamba-2's C and B: head h reads group h // (H / G) of G.
 
 The primitive behind linear attention (Katharopoulos et al. 2020), GLA (Yang et al. 2023), Mamba-2
-(Dao & Gu 2024), HGRN2, RWKV-6, ABC, Based, ReBased and LightNet. The backward is
-``closed_backward`` on a CPU and for decays a channel on both sides; else, on a GPU,
-``kernels/linear_attn_backward``, or ``kernels/shared_heads`` where heads share q and k.
+(Dao & Gu 2024), HGRN2, RWKV-6, ABC and LightNet. The backward is ``closed_backward`` on a CPU and
+for decays a channel on both sides; else, on a GPU, ``kernels/linear_attn_backward``, or
+``kernels/shared_heads`` where heads share q and k.
 """
 
 from typing import Any
@@ -65,6 +65,14 @@ def linear_attn(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    return recurrence(q, k, v, gk, gv, state, cu_seqlens, scale)
+
+
+def recurrence(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor | None, state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float | None,
+) -> Pair:  # fmt: skip
+    """``linear_attn`` whatever the autocast dtype."""
     check_linear_attn(q, k, v, gk, gv, state, cu_seqlens)
     gk, state, scale = filled(q, v, gk, state, cu_seqlens, scale)
     gv = gv if gv is None else gv.to(state.dtype)

@@ -24,6 +24,9 @@ AXES = {
     "linear_attn_forward": "BTGK BTGK BTHV BTHK BTHV BHKV . . -> BTHV BHKV",
     "linear_attn_backward": "BTGK BTGK BTHV BTHK BTHV BHKV . . BHKV BTHV BHKV"
     " -> BTGK BTGK BTHV BTHK BTHV BHKV",
+    "quadratic_attn_forward": "BTHK BTHK BTHV BT BHFV . . . -> BTHV BHFV BTH",
+    "quadratic_attn_backward": "BTHK BTHK BTHV BT BHFV . . BTHV BTH BTHV BHFV"
+    " -> BTHK BTHK BTHV BHFV",
     "delta_rule_forward": "BTHK BTHK BTHV BTHK BTH BHKV . . -> BTHV BHKV BTHV",
     "delta_rule_backward": "BTHK BTHK BTHV BTHK BTH BHKV . . BTHV BHKV BTHV BHKV"
     " -> BTHK BTHK BTHV BTHK BTH BHKV",
@@ -108,5 +111,6 @@ def placed(args: tuple[Any, ...]) -> tuple[Any, ...] | list[Any]:
 
 for _name in AXES:
     for _op in (_name, f"{_name}_cuda"):
-        _overload = getattr(torch.ops.flacompile, _op).default
-        register_sharding(_overload)(partial(rules, _name))
+        if hasattr(torch.ops.flacompile, _op):  # quadratic_attn has kernels alone
+            _overload = getattr(torch.ops.flacompile, _op).default
+            register_sharding(_overload)(partial(rules, _name))

@@ -66,6 +66,45 @@ def linear_attn(
     return o * (K**-0.5 if scale is None else scale), S
 
 
+def quadratic_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None = None,
+    weights: tuple[float, float, float] = (1.0, 1.0, 0.5),
+    eps: float = 1e-12,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Means of v under weights of second order, w(a) = c0 + c1 a + c2 a² with a = q_t·k_s.
+
+    S_t = e^gk_t S_{t-1} + φ(k_t) (v_t, 1)^T,   (o, z) = ψ(q_t) S_t,   o_t = o / (z + eps)
+
+    ψ(x) is x_i² for every channel, x_i x_{i+j} for j = 1, 2, .. with indices modulo K, each product
+    once, and if c0 or c1 is not zero x and 1; φ counts them c2, 2 c2, c1 and c0 times.
+
+    Args:
+        q, k, v: as in `linear_attn`.
+        gk: natural-log decay, [B, T, H]; default none.
+        weights: c0, c1, c2.
+        eps: added to the sum of the weights.
+        state: [B, H, F, V + 1]; default zero.
+        mask: [B, T], φ(k_t) = 0 where it is false.
+    """
+    (c0, c1, c2), K = weights, q.shape[-1]
+    both = [(i, (i + j) % K) for j in range(K // 2 + 1) for i in range(K)][: K * (K + 1) // 2]
+    i, j = zip(*both, strict=True)
+    psi, phi = q[..., i] * q[..., j], k[..., i] * k[..., j] * c2
+    phi = torch.cat([phi[..., :K], 2 * phi[..., K:]], -1)
+    if c0 or c1:
+        psi = torch.cat([psi, q, torch.ones_like(q[..., :1])], -1)
+        phi = torch.cat([phi, c1 * k, c0 * torch.ones_like(q[..., :1])], -1)
+    v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    phi = phi if mask is None else phi * mask[:, :, None, None]
+    o, S = linear_attn(psi, phi, v, gk, None, 1.0, state)
+    return o[..., :-1] / (o[..., -1:] + eps), S
+
+
 def delta_rule(
     q: Tensor,
     k: Tensor,

@@ -104,6 +104,27 @@ def check_linear_attn(
     check_sequences(q, state, cu_seqlens, (v.shape[2], q.shape[3], v.shape[3]))
 
 
+def check_quadratic_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_features: int,
+) -> None:
+    """Everything ``quadratic_attn`` can know without reading a value."""
+    check_qkv(q, k, v)
+    if gk is not None:
+        check_like("gk", gk, tuple(q.shape[:3]), "q", q)
+    if mask is not None:
+        check_shape("mask", mask, tuple(q.shape[:2]))
+        expect(mask.dtype == torch.bool, "mask", "bool", mask.dtype)
+        expect(mask.device == q.device, "mask", f"the device of q, {q.device}", mask.device)
+    check_sequences(q, state, cu_seqlens, (q.shape[2], num_features, v.shape[3] + 1))
+
+
 def check_first(name: str, x: Tensor, axes: str) -> None:
     """The argument that the others are measured by: these axes, floating, on a device of ours."""
     expect(x.ndim == len(axes.split()), name, f"shape [{', '.join(axes.split())}]", tuple(x.shape))

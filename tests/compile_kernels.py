@@ -28,6 +28,8 @@ from flacompile.ops.kernels import (
     dplr_backward,
     linear_attn,
     linear_attn_backward,
+    quadratic_attn,
+    quadratic_attn_backward,
     running_softmax,
     scan,
     selective_scan,
@@ -307,6 +309,28 @@ def step_variants():
         yield Variant(f"step, {form}, {K}", step._kernel, given, constants)
 
 
+def quadratic_attn_variants():
+    """All that a GPU is given, packed in segments with a mask; on Hopper also the first passes."""
+    types = typed("q k v o do_ dv", "*bf16") | typed("c0 c1 c2 eps", SCALE) | {"mask": "*u8"}
+    types |= typed("state z rows final dq dk", "*fp32") | {"cu_seqlens": "*i64"}
+    types |= typed("T H SEGMENT SEGMENTS TOKENS", "i32")
+    forward, backward = quadratic_attn, quadratic_attn_backward
+    first = {
+        "forward": (forward._forward_kernel, "state o z final"),
+        "keys": (backward._keys_kernel, "state dk dv final"),
+    }
+    walks = first | {"queries": (backward._queries_kernel, "")}
+    for arch, (name, (kernel, absent)) in product((80, 90), walks.items()):
+        constants = {"K": 16, "V": 128, "F": 153, **tiles.DOTS["bf16"]}
+        constants |= forward.tiles(arch >= 90)
+        yield Variant(f"quadratic_attn {name}", kernel, types, constants, arch)
+        if name in first and arch == 90:
+            given = without(types, absent) | {"ends": "*fp32"}
+            yield Variant(f"quadratic_attn {name}, first", kernel, given, constants, arch)
+    constants = {"V": 128, "BV": 128, "C": 32, "num_warps": 4}
+    yield Variant("quadratic_attn shares", backward._shares_kernel, types, constants)
+
+
 def running_softmax_variants():
     """Whole, and packed in segments with their first pass, of odd channels."""
     whole = dict.fromkeys(("x", "rate", "state", "weight", "g", "final"), "*fp32")
@@ -328,6 +352,7 @@ VARIANTS = (
     selective_scan_variants,
     chunk_variants,
     shared_heads_variants,
+    quadratic_attn_variants,
     running_softmax_variants,
     step_variants,
     ternary_variants,

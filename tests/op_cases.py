@@ -53,6 +53,10 @@ def linear_attn(draw: Draw, gk: str | None, gv: str | None, heads: int = 2) -> A
     return [q, k, v, draw.of_kind(gk, draw.key, heads), draw.of_kind(gv, draw.value, heads)]
 
 
+def quadratic_attn(draw: Draw, gk: str | None) -> Args:
+    return linear_attn(draw, gk, None)[:4]
+
+
 def delta_rule(draw: Draw, kind: str | None) -> Args:
     q, k = draw.at_tokens(2, draw.key), F.normalize(draw.at_tokens(2, draw.key), dim=-1)
     beta = 2 * draw.at_tokens(2).sigmoid()
@@ -86,7 +90,8 @@ class Op(NamedTuple):
     """An op, its one-token step and its loop, with what a test must know of it.
 
     names of its tensors; weights, those without a time axis; decays, those that stay fp32;
-    variants, name -> what draws the tensors; sizes, the (key, value) of ``Draw`` for benchmarks.
+    variants, name -> what draws the tensors; sizes, the (key, value) of ``Draw`` on a GPU; on_cpu,
+    whether its CPU form is an op of its own.
     """
 
     names: tuple[str, ...]
@@ -95,6 +100,7 @@ class Op(NamedTuple):
     weights: tuple[str, ...] = ()
     decays: tuple[str, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ((64, 64), (128, 128), (40, 96), (256, 64))
+    on_cpu: bool = True
 
     def tensors(self, variant: str, draw: Draw) -> Args:
         """The op's tensors, then a state."""
@@ -103,6 +109,9 @@ class Op(NamedTuple):
 
     def state(self, args: Args, draw: Draw, batch: int | None = None) -> Tensor:
         batch = draw.rows[0] if batch is None else batch
+        if "weights" in self.options:  # sums of weights, which are positive
+            k, v = draw.normal(batch, 3, 2, draw.key), draw.normal(batch, 3, 2, draw.value)
+            return spec.quadratic_attn(k, k, v, weights=self.options["weights"])[1]
         weight, v = args[1], args[2] if len(args) > 2 else None
         assert weight is not None
         if self.names[0] == "q":
@@ -114,7 +123,7 @@ class Op(NamedTuple):
 
 KINDS = (None, "head", "channel")
 SCALE = {"scale": 0.3}
-NARROW = ((64, 16), (100, 8))
+NARROW = ((64, 16), (128, 16), (100, 8))
 OPS = {
     "linear_attn": Op(
         ("q", "k", "v", "gk", "gv"),
@@ -122,6 +131,14 @@ OPS = {
         | {f"{i}-{j}": lambda d, i=i, j=j: linear_attn(d, i, j) for i, j in product(KINDS, KINDS)},
         SCALE,
         decays=("gk", "gv"),
+    ),
+    "quadratic_attn": Op(
+        ("q", "k", "v", "gk"),
+        {f"{kind}": lambda d, kind=kind: quadratic_attn(d, kind) for kind in ("head", None)},
+        {"weights": (1.0, 0.5, 0.125), "eps": 1e-3},
+        decays=("gk",),
+        sizes=((16, 64), (16, 128), (13, 96)),
+        on_cpu=False,
     ),
     "delta_rule": Op(
         ("q", "k", "v", "g", "beta"),

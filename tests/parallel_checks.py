@@ -11,7 +11,9 @@ import os
 import traceback
 from dataclasses import replace
 from functools import partial, partialmethod
+from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch as patched
 
 import pytest
 import torch
@@ -103,6 +105,26 @@ def ops_run_on_their_part(split):
                     assert b is None or error(full(a), b) < BOUND, (name, variant, i)
 
     return check
+
+
+def kernels_run_on_their_part(mesh: DeviceMesh):
+    """Those of quadratic_attn, which has no op of its own on a CPU, interpreted."""
+    op, module = OPS["quadratic_attn"], import_module("flacompile.ops.quadratic_attn")
+    draw = Draw(2, TIME, 0.3)
+    want_args, mask = leaves(op.variants["None"](draw)[:3]), draw.at_tokens() < 0.5
+    want = function("quadratic_attn")(*want_args, **op.options, mask=mask)
+    want = *want, *gradients(want, want_args)
+    for split in "BH":
+        *args, part = (sharded(x, "BTH"[: x.ndim], split, mesh) for x in (*want_args, mask))
+        args = leaves(args)
+        taken = patched.object(module, "in_registers", lambda q, gk: True)
+        with taken, CommDebugMode() as messages:
+            got = function("quadratic_attn")(*args, **op.options, mask=part)
+        assert messages.get_total_counts() == 0, split
+        assert all(x.placements[0].is_shard() for x in got), split
+        got = tuple(map(full, got))
+        for i, (a, b) in enumerate(zip((*got, *gradients(got, args)), want, strict=True)):
+            assert error(full(a), b) < 1e-5, (split, i)
 
 
 def ops_take_the_state_of_the_rank_before(mesh: DeviceMesh):
@@ -330,6 +352,7 @@ def is_the_run(out: str, reference: str, mesh: DeviceMesh):
 CHECKS = {
     "ops split by batch": ops_run_on_their_part("B"),
     "ops split by heads": ops_run_on_their_part("HCG"),
+    "kernels split": kernels_run_on_their_part,
     "ops in turn": ops_take_the_state_of_the_rank_before,
     "mixers split by heads": mixers_are_split_by_heads,
     "mixers in turn": mixers_take_the_state_of_the_rank_before,
@@ -369,6 +392,7 @@ def run(folder: Path, size: int = 2) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         prepare()
-    torch.multiprocessing.spawn(_work, (size, folder), size)
+        patch.setenv("TRITON_INTERPRET", "1")  # the mesh is of CPUs, whatever stands beside them
+        torch.multiprocessing.spawn(_work, (size, folder), size)
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
     return {name: "\n".join(filter(None, (x[name] for x in found))) for name in CHECKS}

@@ -64,7 +64,7 @@ def test_every_variant_compiles_and_fits(tmp_path):
 
 READ = {
     "q", "k", "v", "gk", "gv", "beta", "a", "b", "x", "A", "B", "C", "dt", "rate", "bias", "state",
-    "do_", "dy", "dh", "dfinal", "S", "D", "G",
+    "do_", "dy", "dh", "dfinal", "S", "D", "G", "mask",
 }  # fmt: skip
 
 

@@ -69,12 +69,17 @@ class Tokens(NamedTuple):
             seen[:, None] + time, seen + (x.shape[1] if lengths is None else lengths), lengths
         )
 
+    def real(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Which tokens of x [B, T, ...] are no padding, [B, T] bool, where there may be some."""
+        if self.lengths is None:
+            return ()
+        return (torch.arange(x.shape[1], device=x.device) < self.lengths[:, None],)
+
     def zero_padding(self, x: Tensor) -> Tensor:
         """x [B, T, ...] with zeros at padding."""
-        if self.lengths is None:
-            return x
-        real = torch.arange(x.shape[1], device=x.device) < self.lengths[:, None]
-        return torch.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0.0)
+        for real in self.real(x):
+            x = torch.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0.0)
+        return x
 
 
 class Mixer(nn.Module):

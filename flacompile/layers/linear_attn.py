@@ -3,115 +3,30 @@
     S_t = S_{t-1} + φ(k_t) v_t^T        o_t = scale φ(q_t) S_t
     z_t = z_{t-1} + φ(k_t)              o_t / (scale φ(q_t) z_t), when normalised
 
-z is a column of S that belongs to a channel of ones in v. A conversion adds a decay that each head
-learns, S_t = e^-r S_{t-1} + φ(k_t) v_t^T: without one, most of what a softmax leaves out stays.
+z is a column of S that belongs to a channel of ones in v. A conversion adds a decay (``fading``).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from flacompile.blocks import RMSNorm, at_least_fp32, feature_map
-from flacompile.layers.base import RecurrentMixer, Tokens
-from flacompile.layers.qkv import QKVMixer
+from flacompile.blocks import RMSNorm, feature_map
+from flacompile.layers.base import Tokens
+from flacompile.layers.fading import FadingAttention
 from flacompile.ops.heads import repeat_heads
-from flacompile.ops.validate import check_shape, expect
+from flacompile.ops.validate import expect
 
 if TYPE_CHECKING:
     from flacompile.passes.sites import AttentionSite
 
 
-class FeatureAttention(QKVMixer, RecurrentMixer):
-    """Linear attention by features; Katharopoulos', Based and ReBased. Subclasses define φ.
-
-    Args:
-        config: as of any mixer with the projections of attention.
-        key_dim: channels of a head of q and k.
-        value_dim: channels of a head of v.
-        feature_dim: channels of a head of φ(q) and φ(k).
-        eps: added to the sum of the weights that o is divided by; None leaves o undivided.
-    """
-
+class LinearAttention(FadingAttention):
     @dataclass(frozen=True, kw_only=True)
-    class Config(QKVMixer.Config):
-        """use_decay: whether weights fall off with distance; in no paper, for conversions."""
-
-        use_decay: bool = False
-
-    config: Config
-
-    def __init__(
-        self,
-        config: Config,
-        key_dim: int,
-        value_dim: int,
-        feature_dim: int,
-        eps: float | None,
-    ) -> None:
-        super().__init__(config, key_dim, value_dim, config.rotary, config.qk_norm)
-        self.feature_dim, self.eps = feature_dim, eps
-        self.norm: nn.Module = nn.Identity()
-        if config.use_decay:
-            self.log_rate = nn.Parameter(torch.empty(config.num_heads))
-            self.set_half_life(self.neutral_half_life)
-
-    @property
-    def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """S, one [F, V] a head, and z as one more column where o is normalised."""
-        value_dim = self.value_dim + (self.eps is not None)
-        return ((self.config.num_heads, self.feature_dim, value_dim),)
-
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """φ(q) and φ(k), both [B, T, H, feature_dim]."""
-        raise NotImplementedError
-
-    def project(
-        self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """φ(q), φ(k), v with a channel of ones where o is normalised, and -r where heads decay."""
-        q, k, v, conv = self.qkv(x, conv, tokens)
-        q, k = self.features(q, k)
-        if self.eps is not None:
-            v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
-        k, v = (repeat_heads(i, self.config.num_heads) for i in (tokens.zero_padding(k), v))
-        if not self.config.use_decay:
-            return (q, k, v), conv
-        g = -at_least_fp32(self.log_rate).exp().expand(q.shape[:3])
-        return (q, k, v, tokens.zero_padding(g)), conv
-
-    def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        """y = W_o norm(o / (z + eps)), each where the config has it."""
-        if self.eps is not None:
-            o = o[..., :-1] / (o[..., -1:] + self.eps)
-        return self.o_proj(self.norm(o).flatten(2))
-
-    @property
-    def neutral_half_life(self) -> Tensor:
-        """1024 tokens, all but no decay."""
-        return torch.full((self.config.num_heads,), 1024.0)
-
-    @torch.no_grad()
-    def set_half_life(self, tokens: Tensor) -> None:
-        """Makes the decay of head h halve the state every tokens[h] tokens: r = ln 2 / tokens.
-
-        Without a decay it does nothing.
-
-        Args:
-            tokens: [H], > 0.
-        """
-        check_shape("tokens", tokens, (self.config.num_heads,))
-        if self.config.use_decay:
-            self.log_rate.copy_((math.log(2) / tokens.double()).log())
-
-
-class LinearAttention(FeatureAttention):
-    @dataclass(frozen=True, kw_only=True)
-    class Config(FeatureAttention.Config):
+    class Config(FadingAttention.Config):
         """norm_q, norm_k: φ divided by its sum; do_feature_map_norm: o by its weights' sum."""
 
         expand_k: float = 1.0
@@ -133,8 +48,9 @@ class LinearAttention(FeatureAttention):
         map_q, feature_dim = feature_map(config.feature_map, dims[0])
         tied = config.tie_feature_map_qk
         map_k = map_q if tied else feature_map(config.feature_map, dims[0])[0]
-        super().__init__(config, *dims, feature_dim, 1e-10 if config.do_feature_map_norm else None)
-        self.feature_map_q, self.feature_map_k = map_q, map_k
+        super().__init__(config, *dims)
+        self.feature_map_q, self.feature_map_k, self.feature_dim = map_q, map_k, feature_dim
+        self.norm: nn.Module = nn.Identity()
         norms = ("rmsnorm", "identity")
         expect(config.output_norm in norms, "output_norm", f"one of {norms}", config.output_norm)
         if config.output_norm == "rmsnorm":
@@ -147,6 +63,29 @@ class LinearAttention(FeatureAttention):
         q = q / (q.sum(-1, keepdim=True) + 1e-4) if self.config.norm_q else q
         k = k / (k.sum(-1, keepdim=True) + 1e-4) if self.config.norm_k else k
         return q, k
+
+    @property
+    def recurrent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """S, one [F, V] a head, and z as one more column where o is normalised."""
+        value_dim = self.value_dim + self.config.do_feature_map_norm
+        return ((self.config.num_heads, self.feature_dim, value_dim),)
+
+    def project(
+        self, x: Tensor, conv: tuple[Tensor, ...] | None, tokens: Tokens
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """φ(q), φ(k), v with a channel of ones where o is normalised, and -r where heads decay."""
+        q, k, v, conv = self.qkv(x, conv, tokens)
+        q, k = self.features(q, k)
+        if self.config.do_feature_map_norm:
+            v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
+        k, v = (repeat_heads(i, self.config.num_heads) for i in (tokens.zero_padding(k), v))
+        return (q, k, v, *self.decay(q, tokens)), conv
+
+    def output(self, o: Tensor, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """y = W_o norm(o / (z + eps)), each where the config has it."""
+        if self.config.do_feature_map_norm:
+            o = o[..., :-1] / (o[..., -1:] + 1e-10)
+        return self.o_proj(self.norm(o).flatten(2))
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:

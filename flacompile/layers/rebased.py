@@ -3,7 +3,7 @@
     o_t = Σ_s a² v_s / (Σ_s a² + eps)        a = offset + scale φ(q_t)·φ(k_s),  s <= t
     φ(x) = γ ⊙ LayerNorm(x) + β              one φ for q and k and all heads
 
-The state holds K (K + 1) / 2 products a head (see ``based.pairs``).
+The state holds K (K + 1) / 2 products a head, and with an offset K + 1 more.
 """
 
 from __future__ import annotations
@@ -15,21 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flacompile.layers.based import pairs
-from flacompile.layers.linear_attn import FeatureAttention
+from flacompile.layers.quadratic_attn import QuadraticAttention
 
 if TYPE_CHECKING:
     from flacompile.passes.sites import AttentionSite
 
 
-def square_features(q: Tensor, k: Tensor, scale: float, offset: float) -> tuple[Tensor, Tensor]:
-    """Features of q, k [..., K] whose product is (offset + scale q·k)²."""
-    q = scale * q
-    if offset != 0:
-        one = torch.ones_like(q[..., :1])
-        q = torch.cat((q, offset * one), -1)
-        k = torch.cat((k, torch.ones_like(k[..., :1])), -1)
-    return pairs(q, 2), pairs(k)
+def square_weights(scale: float, offset: float) -> tuple[float, float, float]:
+    """Coefficients of (offset + scale q·k)² in q·k."""
+    return offset * offset, 2 * offset * scale, scale * scale
 
 
 class NormalisedAffine(nn.Module):
@@ -48,17 +42,16 @@ class NormalisedAffine(nn.Module):
         return x if self.beta is None else x + self.beta
 
 
-class ReBasedLinearAttention(FeatureAttention):
+class ReBasedLinearAttention(QuadraticAttention):
     @dataclass(frozen=True, kw_only=True)
-    class Config(FeatureAttention.Config):
-        """feature_dim: channels K of a head of q and k; eps: added to the sum of the weights.
+    class Config(QuadraticAttention.Config):
+        """use_gamma, use_beta, normalize: what φ has of γ, β and LayerNorm.
 
         offset: not in the paper, where it is 0; that of a conversion is 2, as (2 + a)² / 4 is e^a
-        to first order and never negative. The state is then that of one channel more.
+        to first order and never negative.
         """
 
         num_heads: int = 16
-        feature_dim: int = 16
         use_gamma: bool = True
         use_beta: bool = True
         normalize: bool = True
@@ -68,17 +61,10 @@ class ReBasedLinearAttention(FeatureAttention):
     config: Config
 
     def __init__(self, config: Config) -> None:
-        K = config.feature_dim
-        wide = K + (config.offset != 0)
-        value_dim = config.head_dim or config.hidden_size // config.num_heads
-        super().__init__(config, K, value_dim, wide * (wide + 1) // 2, config.eps)
-        self.scale, self.qk_scale = 1.0, K**-0.5 if config.scale is None else config.scale
-        self.feature_map = NormalisedAffine(K, config.use_gamma, config.use_beta, config.normalize)
-
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """φ(q)·φ(k) = (offset + qk_scale q·k)², see ``square_features``."""
-        q, k = self.feature_map(q), self.feature_map(k)
-        return square_features(q, k, self.qk_scale, self.config.offset)
+        super().__init__(config, square_weights(config.factor, config.offset))
+        self.feature_map = NormalisedAffine(
+            config.feature_dim, config.use_gamma, config.use_beta, config.normalize
+        )
 
     @classmethod
     def config_for(cls, site: AttentionSite) -> Config:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from flacompile import ops
 from flacompile.layers import MIXERS
-from flacompile.layers.based import taylor_features
 from flacompile.layers.rwkv6 import bonus
 from flacompile.ops import spec
 
@@ -96,9 +95,8 @@ def abc_loop(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor]:
 
 
 def based(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-    q, k = taylor_features(q, k, q.shape[-1] ** -0.5)
-    o = ops.linear_attn(q, k, torch.cat((v, torch.ones_like(v[..., :1])), -1), scale=1.0)[0]
-    return (o[..., :-1] / o[..., -1:],)
+    r = q.shape[-1] ** -0.5
+    return (ops.quadratic_attn(q, k, v, weights=(1.0, r, r * r / 2))[0],)
 
 
 def based_loop(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
@@ -138,7 +136,7 @@ def rows(heads: int, dim: int) -> dict[str, Row]:
         ),
         "abc": Row(lambda d: qkv(d, d.head(SLOTS)), abc(heads, dim), abc_loop, around=True),
         "based": Row(
-            lambda d: [d.head(FEATURES), d.head(FEATURES), d.head()], based, based_loop, around=True
+            lambda d: [d.head(FEATURES), d.head(FEATURES), d.head()], based, based_loop
         ),
         "softmax": Row(qkv, softmax, softmax),
     }  # fmt: skip
