@@ -6,7 +6,8 @@
 TEACHER is a folder or a .gguf file, such as SmolLM2-135M-Instruct's. A third of the minutes aligns,
 the others match the logits: on a GPU compiled, in bf16. Then the student is evaluated on text that
 it was not trained on, the last share of TEXT or FILE. OUT/<mixer>, or OUT/<mixer>-<keep>, receives
-the pages distill.md and eval.md and student.json; OUT/students.md has a row of every one there.
+the pages distill.md and eval.md and student.json; OUT/students.md has a row of every one there, and
+OUT/students.svg their losses and recall.
 """
 
 from __future__ import annotations
@@ -106,9 +107,14 @@ def figures(
     }
 
 
+def students(out: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The folder and the figures of every student there."""
+    return [(f.parent, json.loads(f.read_text())) for f in sorted(out.glob("*/student.json"))]
+
+
 def page(out: Path) -> str:
     """A row for every student in a folder."""
-    found = [json.loads(file.read_text()) for file in sorted(out.glob("*/student.json"))]
+    found = [figures for _, figures in students(out)]
     head = ["mixer", "kept", "share closed", "nll", "KL", "top-1", f"recall at {FAR}"]
     head += ["teacher's", "steps", "thousand tokens/s", "GiB"]
     lines = [_row(head), _row(["---"] * len(head))]
@@ -125,6 +131,39 @@ def page(out: Path) -> str:
     commands = [f"    {one['command']}" for one in found]
     where = f"{found[0]['machine']}, torch {found[0]['torch']}."
     return "\n".join(["# Students", "", where, "", *commands, "", *lines, ""])
+
+
+def plot(out: Path, picture: Path) -> None:
+    """Losses of the logits over their steps, and recall over the distance; dashed: none kept."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    losses, recall = figure.subplots(1, 2)
+    found = students(out)
+    colours = {name: f"C{i}" for i, name in enumerate(sorted({s["mixer"] for _, s in found}))}
+    for folder, one in found:
+        records = [r for r in read_json_lines(folder / "log.jsonl") if r["stage"] == "logits"]
+        style = {"color": colours[one["mixer"]], "ls": "-" if one["kept"] else "--"}
+        losses.plot([r["step"] for r in records], [r["loss"] for r in records], lw=1, **style)
+        recall.plot(*_recall(one["model"]), marker=".", **style)
+    distances, accuracies = _recall(found[0][1]["teacher"])
+    recall.plot(distances, accuracies, "k:", label="teacher")
+    for name, colour in colours.items():
+        recall.plot([], [], color=colour, label=name)
+    losses.set(xlabel="step of logits", ylabel="KL to the teacher", yscale="log")
+    losses.set_yticks([0.1, 0.2, 0.4], ["0.1", "0.2", "0.4"])
+    recall.set(xlabel="tokens between a needle and its return", ylabel="recalled", xscale="log")
+    recall.set_xticks(distances, list(map(str, distances)))
+    recall.set_ylim(0, 1)
+    for axes in (losses, recall):
+        axes.minorticks_off()
+    figure.legend(loc="outside right center", frameon=False)
+    figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None)
+
+
+def _recall(who: dict[str, Any]) -> tuple[list[int], list[float]]:
+    points = {int(distance): found["accuracy"] for distance, found in who["recall"].items()}
+    return list(points), list(points.values())
 
 
 def _row(cells: list[Any]) -> str:
@@ -193,6 +232,7 @@ def main() -> None:
     facts = figures(options, len(report.kept), metrics, found, out / "log.jsonl")
     (out / "student.json").write_text(json.dumps(facts, indent=1))
     (options.out / "students.md").write_text(page(options.out))
+    plot(options.out, options.out / "students.svg")
     say("evaluated")
     print(page(options.out))
 
