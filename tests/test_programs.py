@@ -110,6 +110,66 @@ def test_published_models_step_as_they_run(name):
     assert max(errors.values()) < 1e-5
 
 
+def stale(step):
+    """The recurrent states stay what they were."""
+
+    def run(ids, states):
+        logits, *after = step(ids, states)
+        parts = zip(step.names, states, after, strict=True)
+        return logits, *(old if "recurrent" in name else new for name, old, new in parts)
+
+    return run
+
+
+def one_further(step):
+    """The position of what follows a first token."""
+    return lambda ids, states: step(ids, [x + (x > 0) if x.ndim == 1 else x for x in states])
+
+
+def lost_chunk(step):
+    """What follows the first chunk does not know its recurrent states."""
+
+    def run(ids, states):
+        if ids.shape[1] <= 64:
+            return step(ids, states)
+        _, *states = stale(step)(ids[:, :64], states)
+        return step(ids[:, 64:], states)
+
+    return run
+
+
+ROUNDED = {  # dtype, layers, config of torchao
+    "deep": (torch.bfloat16, 30, None),
+    "fp16": (torch.float16, 4, None),
+    "int8": (torch.bfloat16, 4, Int8WeightOnlyConfig()),
+}
+
+
+@pytest.mark.parametrize(("dtype", "layers", "config"), ROUNDED.values(), ids=ROUNDED)
+@torch.no_grad()
+def test_the_gate_allows_rounding_and_no_mistake(dtype, layers, config):
+    """Also that of a package that rounds less than the model does."""
+    model = llama(num_hidden_layers=layers)().model.to(dtype)
+    model = flacompile.convert(model, "gated_deltanet", init="neutral")
+    model = flacompile.finalize(model).eval()
+    if config is not None:
+        flacompile.quantize_(model, config)
+    cases = references(model, (1, 65), None)
+    with all_mixers(model):
+        step = Step(model, None)
+        own = max(compare({"prefill": step, "decode": step}, step.begin, cases).values())
+        assert own < cases[0].allowed < 0.5
+        for mistake in (stale, one_further, lost_chunk):
+            wrong = mistake(step)
+            with pytest.raises(ValueError, match="package: expected the model's values within"):
+                compare({"prefill": wrong, "decode": wrong}, step.begin, cases)
+    model.float()
+    with all_mixers(model):
+        exact = Step(model, None)
+        errors = compare({"prefill": exact, "decode": exact}, exact.begin, cases)
+    assert max(errors.values()) < 1e-3 * own
+
+
 HYBRIDS = {
     "window": ("mistral", {"window": 9}),
     "kept_window": ("mistral", {"keep": [1], "window": 9}),
