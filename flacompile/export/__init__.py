@@ -79,7 +79,7 @@ def export(
     facts["processor"] = instructions()
     if decode_for == "one" and facts["device"] == "cpu":
         programs["decode"] = stream_weights(programs["decode"])
-    with torch.no_grad():
+    with torch.no_grad(), remembered_strides():
         options = {
             "aot_inductor.package": True,
             "aot_inductor.package_constants_in_so": beside is None,
@@ -91,10 +91,9 @@ def export(
         for name, program in programs.items():
             progress(name)
             args, kwargs = program.example_inputs  # type: ignore[misc]
-            with remembered_strides():
-                files[name] = torch._inductor.aot_compile(
-                    program.module(), args, kwargs, options=options
-                )
+            files[name] = torch._inductor.aot_compile(
+                program.module(), args, kwargs, options=options
+            )
 
         def write(temporary: Path) -> None:
             """The package, under a name of its own until it has passed its gate."""
